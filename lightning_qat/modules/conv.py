@@ -1,0 +1,44 @@
+"""Quantized convolutions: weights per output channel (or per group of the flattened kernel), inputs per sample or per tensor."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from lightning_qat.modules.layer import QuantLayer, register_layer
+
+if TYPE_CHECKING:
+    _ConvBase = nn.Conv2d
+else:
+    _ConvBase = object
+
+
+class _QuantConv(QuantLayer, _ConvBase):
+    input_granularities = ("token", "tensor")
+
+    @staticmethod
+    def to_matrix(weight: Tensor) -> Tensor:
+        """[out, in / groups, *kernel] -> [out, in / groups * kernel]."""
+        return weight.flatten(1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse view."""
+        return matrix.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """A token of a convolution is a whole sample: one scale for all its channels and positions."""
+        batched = x.dim() == len(self.kernel_size) + 2
+        return super().quantized_input(x.reshape(x.shape[0] if batched else 1, -1)).view_as(x)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the convolution it replaces."""
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+@register_layer(nn.Conv1d)
+class QuantConv1d(_QuantConv, nn.Conv1d):  # type: ignore[misc]
+    """Quantized `nn.Conv1d`; input [batch, in, length]."""
+
+
+@register_layer(nn.Conv2d)
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """Quantized `nn.Conv2d`; input [batch, in, height, width]."""

@@ -1,0 +1,64 @@
+"""A weight as it is stored: packed codes, scales, and nothing else."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.numerics.grid import QuantizedTensor
+from lightning_qat.numerics.packing import pack, unpack
+from lightning_qat.quantizers import quantizers
+from lightning_qat.specs import TensorSpec
+
+
+class PackedWeight(nn.Module):
+    """Packed codes of a matrix [out, in] with its scales.
+
+    Args:
+        spec: How the matrix was quantized.
+        shape: (out, in).
+        dtype: The dtype that :meth:`dequantize` returns.
+        tensors: ``packed`` uint8 [out, bytes], ``scale`` [out, blocks] in the spec's scale dtype, and ``zero_point`` int16 like it on
+            asymmetric grids.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, spec: TensorSpec, shape: tuple[int, int], dtype: torch.dtype, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.spec, self.shape, self.dtype = spec, shape, dtype
+        self.grid = quantizers.get(spec.quantizer).build_grid(spec)
+        for name in ("packed", "scale", "zero_point"):
+            self.register_buffer(name, tensors.get(name))
+
+    def codes(self) -> QuantizedTensor:
+        """The integer codes and scales."""
+        codes = unpack(self.packed, self.spec.code_bits, self.grid.qmin, self.shape[1])
+        return QuantizedTensor(
+            codes=codes.to(torch.int8 if self.grid.qmax <= 127 else torch.uint8),
+            scale=self.scale.to(torch.promote_types(self.scale.dtype, torch.float32)),
+            zero_point=self.zero_point,
+            grid=self.grid,
+            group_size=self.spec.group_size,
+            dtype=self.dtype,
+        )
+
+    def dequantize(self) -> Tensor:
+        """The values of the codes, shape [out, in]."""
+        return self.codes().dequantize()
+
+    def extra_repr(self) -> str:
+        """The spec in a few words."""
+        return f"{self.spec.bits} bits, {self.spec.granularity}, shape={self.shape}"
+
+
+def pack_tensors(quantized: QuantizedTensor, spec: TensorSpec) -> dict[str, Tensor]:
+    """The tensors of a :class:`PackedWeight`, as they are written to a file."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[spec.scale_dtype]
+    tensors = {
+        "packed": pack(quantized.codes, spec.code_bits, quantized.grid.qmin),
+        "scale": quantized.scale.to(dtype).contiguous(),
+    }
+    if quantized.zero_point is not None:
+        tensors["zero_point"] = quantized.zero_point.to(torch.uint8)
+    return tensors

@@ -1,0 +1,1 @@
+"""Pure tensor functions: code grids, ranges and scales, the fake-quantize op, and bit packing."""

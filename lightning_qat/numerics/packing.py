@@ -1,0 +1,44 @@
+"""Codes of 1 to 8 bits as a stream of bits, low bit first, each row starting on a byte of its own.
+
+Row alignment costs at most 7 bits a row and lets a kernel find any row without unpacking the ones before it.
+"""
+
+import torch
+from torch import Tensor
+
+
+def packed_columns(columns: int, bits: int) -> int:
+    """Bytes that one row of `columns` codes takes."""
+    return (columns * bits + 7) // 8
+
+
+def pack(codes: Tensor, bits: int, qmin: int) -> Tensor:
+    """Pack integer codes.
+
+    Args:
+        codes: Integers in [qmin, qmin + 2^bits - 1], shape [rows, columns].
+        bits: Bits per code, 1 to 8.
+        qmin: What is subtracted before packing, so that stored numbers start at 0.
+
+    Returns:
+        uint8, shape [rows, ceil(columns * bits / 8)].
+
+    Raises:
+        ValueError: A code does not fit.
+    """
+    rows, columns = codes.shape
+    unsigned = codes.to(torch.int16) - qmin
+    if codes.numel() and (int(unsigned.min()) < 0 or int(unsigned.max()) >= 2**bits):
+        raise ValueError(f"pack: codes lie outside [{qmin}, {qmin + 2**bits - 1}], the range of {bits} bits from {qmin}")
+    shifts = torch.arange(bits, device=codes.device)
+    stream = ((unsigned.unsqueeze(-1) >> shifts) & 1).to(torch.uint8).reshape(rows, columns * bits)
+    stream = torch.nn.functional.pad(stream, (0, -(columns * bits) % 8)).reshape(rows, packed_columns(columns, bits), 8)
+    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
+    return (stream * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, qmin: int, columns: int) -> Tensor:
+    """The inverse of :func:`pack`: int16 codes, shape [rows, columns]."""
+    stream = (packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
+    digits = stream.flatten(-2)[:, : columns * bits].reshape(packed.shape[0], columns, bits).to(torch.int16)
+    return (digits << torch.arange(bits, device=packed.device, dtype=torch.int16)).sum(-1, dtype=torch.int16) + qmin

@@ -1,0 +1,9 @@
+"""Quantizers: one rule for finding scales to a file, found by its registered name.
+
+To add one, write `quantizers/foo.py` with a :class:`~lightning_qat.quantizers.base.Quantizer` under
+``@quantizers.register("foo")``; the scheme, the layers, the exporters and the conformance tests find it.
+"""
+
+from lightning_qat.quantizers.base import Quantizer, build_quantizer, fake_quantize, quantize_tensor, quantizers
+
+__all__ = ["Quantizer", "build_quantizer", "fake_quantize", "quantize_tensor", "quantizers"]

@@ -1,0 +1,36 @@
+"""Levels at multiples of mean|w| for weights of one and two bits, as LLM-QAT's reference code defines them.
+
+    1 bit     w_q = m * sign(w)                     levels -m, +m              m = mean|w| of the block
+    2 bits    w_q = m * (k + 1/2), k in -2..1       levels -1.5m .. +1.5m
+
+Both are a grid with offset 1/2. Departure: the reference's sign(0) = 0 is a third level; here a weight of exactly 0 takes +m, so that
+one bit is enough. A block of zeros stays zero.
+"""
+
+from torch import Tensor
+
+from lightning_qat.numerics.grid import Grid
+from lightning_qat.numerics.ranges import compute_dtype, guard_finite, round_scale
+from lightning_qat.quantizers.base import Quantizer, quantizers
+from lightning_qat.specs import TensorSpec
+
+
+@quantizers.register("mean_abs")
+class MeanAbsQuantizer(Quantizer):
+    """Binary and four-level weights; the gradient is the identity, as in the reference."""
+
+    @staticmethod
+    def build_grid(spec: TensorSpec) -> Grid:
+        """Half-integer levels of one or two bits."""
+        bits = spec.code_bits
+        if bits not in (1, 2):
+            raise ValueError(f"TensorSpec.bits: got {bits} with quantizer 'mean_abs', allowed are 1 and 2; use 'minmax'")
+        if not spec.symmetric:
+            raise ValueError("TensorSpec.symmetric: got False with quantizer 'mean_abs', whose levels are symmetric; use True")
+        return Grid(qmin=-bits, qmax=bits - 1, offset=0.5, round_via=spec.round_via)
+
+    def scale_and_zero_point(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One step is m at two bits and 2m at one bit."""
+        mean = guard_finite(blocks.to(compute_dtype(blocks)).abs().mean(-1, keepdim=True))
+        step = mean * 2 if self.spec.code_bits == 1 else mean
+        return round_scale(step, self.spec.scale_dtype), None

@@ -1,0 +1,164 @@
+"""How one tensor is quantized, as data: bits, what shares a scale, and every convention a runtime fixes.
+
+Frozen keyword-only dataclasses without inheritance: jsonargparse reads them from YAML as they are and checkpoints hold them as
+plain dictionaries.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_qat.registry import did_you_mean
+
+INTEGER_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+OFF = 16  # "16" is the paper's word for not quantized
+GRANULARITIES = ("tensor", "channel", "group", "token", "token_head")
+
+CodeRange = Literal["narrow", "full"]
+Divisor = Literal["qmax", "half_range"]
+ScaleDtype = Literal["float32", "bfloat16", "float16"]
+RoundVia = Literal["divide", "reciprocal"]
+SCALE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+
+
+def _choose(owner: str, field: str, got: object, allowed: tuple[str, ...]) -> None:
+    if got not in allowed:
+        raise ValueError(f"{owner}.{field}: got {got!r}, {did_you_mean(got, allowed)}")
+
+
+def _check_bits(owner: str, bits: float | None) -> None:
+    if bits is None or bits == OFF or bits in INTEGER_BITS:
+        return
+    if bits == 1.58:
+        raise ValueError(f"{owner}.bits: ternary (1.58) has no quantizer yet; use 1 or 2")
+    raise ValueError(f"{owner}.bits: got {bits!r}, allowed are 1 to 8; 16 or null turns quantization off")
+
+
+class Options(dict[str, Any]):
+    """Options of one quantizer: a dictionary that cannot change, so that a spec stays hashable."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("options of a TensorSpec cannot change; build a new spec with dataclasses.replace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """How one tensor is quantized.
+
+    Args:
+        bits: Bits per code, 1 to 8; 16 or None turns quantization off.
+        quantizer: Registered name of the rule that finds the scale (``lightning_qat/quantizers``).
+        granularity: What shares a scale: the ``tensor``, an output ``channel``, a ``group`` of neighbours along the inputs,
+            a ``token`` (the last axis; for a convolution's input one sample), or a token of one attention head (``token_head``).
+        group_size: Elements that share a scale; needed by, and only by, ``granularity="group"``.
+        symmetric: Zero sits at code 0; otherwise an integer zero point is stored beside each scale.
+        dynamic: The range is taken from the tensor at hand; static ranges are not implemented yet.
+        range_finder: How the range is found; only ``absmax`` (with `symmetric`: max |x|, else min and max) is implemented yet.
+        options: Settings of the quantizer, checked against its own options dataclass.
+        code_range: ``narrow`` leaves out the most negative code (-7..7 at 4 bits), ``full`` keeps it (-8..7).
+        divisor: Largest magnitude over ``qmax`` (7 at 4 bits, 127 at 8) or over half the range (7.5, 127.5).
+        scale_dtype: The scale is rounded to this type before codes are computed.
+        round_via: ``divide`` computes x / scale, ``reciprocal`` computes x * (1 / scale); they differ by an ulp.
+    """
+
+    bits: float | None
+    quantizer: str = "minmax"
+    granularity: Literal["tensor", "channel", "group", "token", "token_head"] = "channel"
+    group_size: int | None = None
+    symmetric: bool = True
+    dynamic: bool = True
+    range_finder: Literal["absmax", "mse", "percentile"] = "absmax"
+    options: Mapping[str, Any] | None = None
+    code_range: CodeRange = "narrow"
+    divisor: Divisor = "qmax"
+    scale_dtype: ScaleDtype = "float32"
+    round_via: RoundVia = "divide"
+
+    def __post_init__(self) -> None:
+        _check_bits("TensorSpec", self.bits)
+        _choose("TensorSpec", "granularity", self.granularity, GRANULARITIES)
+        _choose("TensorSpec", "range_finder", self.range_finder, ("absmax", "mse", "percentile"))
+        _choose("TensorSpec", "code_range", self.code_range, ("narrow", "full"))
+        _choose("TensorSpec", "divisor", self.divisor, ("qmax", "half_range"))
+        _choose("TensorSpec", "scale_dtype", self.scale_dtype, tuple(SCALE_BITS))
+        _choose("TensorSpec", "round_via", self.round_via, ("divide", "reciprocal"))
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError(
+                f"TensorSpec.group_size: got {self.group_size!r} with granularity={self.granularity!r}; a group size is "
+                "needed by granularity='group' and allowed nowhere else"
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"TensorSpec.group_size: got {self.group_size}, allowed are positive integers")
+        if self.range_finder != "absmax":
+            raise ValueError(f"TensorSpec.range_finder: {self.range_finder!r} is not implemented yet; use 'absmax'")
+        if not self.dynamic:
+            raise ValueError("TensorSpec.dynamic: static ranges (dynamic=False) are not implemented yet; use dynamic=True")
+        object.__setattr__(self, "options", Options(self.options) if self.options else None)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether this spec leaves the tensor alone."""
+        return self.bits is None or self.bits >= OFF
+
+    @property
+    def code_bits(self) -> int:
+        """Bits that one stored code takes."""
+        if self.bits is None or self.is_off:
+            raise ValueError("TensorSpec.bits: this spec is off (16 or null); it has no codes")
+        return int(self.bits)
+
+    def scales_in(self, rows: int, columns: int) -> int:
+        """How many scales a matrix of `rows` x `columns` needs."""
+        per = {"tensor": 1, "group": rows * (columns // (self.group_size or 1))}
+        return per.get(self.granularity, rows)
+
+    def storage_bits(self, rows: int, columns: int) -> int:
+        """Exact bits of a stored matrix: codes, scales, and zero points where there are any."""
+        per_scale = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else self.code_bits)
+        return rows * columns * self.code_bits + self.scales_in(rows, columns) * per_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVSpec:
+    """How keys and values of attention are quantized (LLM-QAT, section 3.3).
+
+    Args:
+        bits: Bits per code, 2 to 8; 16 or None turns quantization off.
+        position: ``post_rope`` quantizes what a serving cache stores; ``pre_rope`` the projections' outputs, as the paper does.
+        granularity: One scale per token and head (``token_head``), or per token over all heads (``token``).
+        past_only: Quantize only the past, not the current token; not implemented yet.
+        quantizer, symmetric, code_range, divisor, scale_dtype, round_via: As in :class:`TensorSpec`.
+    """
+
+    bits: float | None
+    position: Literal["pre_rope", "post_rope"] = "post_rope"
+    granularity: Literal["token", "token_head"] = "token_head"
+    past_only: bool = False
+    quantizer: str = "minmax"
+    symmetric: bool = True
+    code_range: CodeRange = "narrow"
+    divisor: Divisor = "qmax"
+    scale_dtype: ScaleDtype = "float32"
+    round_via: RoundVia = "divide"
+
+    def __post_init__(self) -> None:
+        _check_bits("KVSpec", self.bits)
+        _choose("KVSpec", "position", self.position, ("pre_rope", "post_rope"))
+        _choose("KVSpec", "granularity", self.granularity, ("token", "token_head"))
+        if self.past_only:
+            raise ValueError("KVSpec.past_only: not implemented yet; use past_only=False")
+        self.tensor  # noqa: B018  the shared fields are checked where they are defined
+
+    @property
+    def is_off(self) -> bool:
+        """Whether this spec leaves keys and values alone."""
+        return self.bits is None or self.bits >= OFF
+
+    @property
+    def tensor(self) -> TensorSpec:
+        """The same settings for one tensor."""
+        names = ("bits", "granularity", "quantizer", "symmetric", "code_range", "divisor", "scale_dtype", "round_via")
+        return TensorSpec(**{name: getattr(self, name) for name in names})
