@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lightning_qat.callbacks import QuantizationCallback
     from lightning_qat.data import SyntheticDataModule
     from lightning_qat.distillation import DistillationModule
-    from lightning_qat.export import export, load_quantized
+    from lightning_qat.formats import export, load_quantized
     from lightning_qat.modules import insert_quantizers, named_quantizers, quantizers_disabled, remove_quantizers
     from lightning_qat.quantizers import fake_quantize, quantize_tensor
     from lightning_qat.scheme import QuantScheme
@@ -25,10 +25,10 @@ _HOMES = {
     "QuantizationCallback": "callbacks",
     "SyntheticDataModule": "data",
     "TensorSpec": "specs",
-    "export": "export",
+    "export": "formats",
     "fake_quantize": "quantizers",
     "insert_quantizers": "modules",
-    "load_quantized": "export",
+    "load_quantized": "formats",
     "named_quantizers": "modules",
     "quantize_tensor": "quantizers",
     "quantizers_disabled": "modules",

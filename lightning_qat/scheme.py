@@ -30,9 +30,9 @@ class Override:
     """
 
     names: tuple[str, ...]
-    weight: TensorSpec | None | Literal["inherit"] = "inherit"
-    input: TensorSpec | None | Literal["inherit"] = "inherit"
-    kv: KVSpec | None | Literal["inherit"] = "inherit"
+    weight: TensorSpec | Literal["inherit"] | None = "inherit"
+    input: TensorSpec | Literal["inherit"] | None = "inherit"
+    kv: KVSpec | Literal["inherit"] | None = "inherit"
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str) or not self.names:

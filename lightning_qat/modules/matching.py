@@ -28,14 +28,14 @@ class Matcher:
         hits = [pattern for pattern in self.scheme.exclude if self._hit(pattern, name, module)]
         if hits:
             return f"excluded by {hits[0]!r}"
-        included = [self._hit(pattern, name, module) for pattern in self.scheme.include]
-        return None if any(included) else f"not in include={list(self.scheme.include)}"
+        included = self._any_hit(self.scheme.include, name, module)
+        return None if included else f"not in include={list(self.scheme.include)}"
 
     def layer_specs(self, name: str, module: nn.Module) -> tuple[TensorSpec | None, TensorSpec | None]:
         """(weight, input) specs of a layer after overrides; the last match wins."""
         weight, input = self.scheme.weight, self.scheme.input
         for override in self.scheme.overrides:
-            if any([self._hit(pattern, name, module) for pattern in override.names]):
+            if self._any_hit(override.names, name, module):
                 weight = weight if isinstance(override.weight, str) else override.weight
                 input = input if isinstance(override.input, str) else override.input
         return weight, input
@@ -44,7 +44,7 @@ class Matcher:
         """Key/value spec of an attention module after overrides."""
         kv = self.scheme.kv
         for override in self.scheme.overrides:
-            if any([self._hit(pattern, name, module) for pattern in override.names]):
+            if self._any_hit(override.names, name, module):
                 kv = kv if isinstance(override.kv, str) else override.kv
         return kv
 
@@ -64,6 +64,10 @@ class Matcher:
                         f"QuantScheme.{field}: pattern {pattern!r} matches nothing below the quantization root; "
                         f"layer names end in: {did_you_mean(pattern, leaves)}"
                     )
+
+    def _any_hit(self, patterns: Iterable[str], name: str, module: nn.Module) -> bool:
+        """Every pattern is tried, so that each one that is of use is remembered."""
+        return sum(self._hit(pattern, name, module) for pattern in patterns) > 0
 
     def _hit(self, pattern: str, name: str, module: nn.Module) -> bool:
         if pattern.startswith("type:"):

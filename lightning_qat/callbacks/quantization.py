@@ -1,0 +1,161 @@
+"""Quantization-aware training for any LightningModule, by adding a callback to the Trainer."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from typing_extensions import override
+
+from lightning_qat.callbacks.arming import Arming
+from lightning_qat.callbacks.reach import ReachProbe
+from lightning_qat.modules import InsertionReport, insert_quantizers, named_quantizers
+from lightning_qat.scheme import QuantScheme
+
+STATE_VERSION = 1
+
+
+class QuantizationCallback(Callback):
+    """Puts fake quantizers into the model before its weights load, before it is wrapped and before optimizers are made.
+
+    The model below ``pl_module.quantization_root`` (a dotted name) is quantized if the module names one, else the whole module. The
+    callback never touches the module's ``forward`` and never converts anything at the end of training; use
+    :func:`lightning_qat.export` for that. It works in fit, validate, test and predict, and finds its own work when called again.
+
+    Note:
+        A module that shards inside ``configure_model`` (FSDP2) calls ``self.after_build()`` between building and sharding.
+
+    Example::
+
+        Trainer(callbacks=[QuantizationCallback("w8a8")]).fit(my_module, my_data)
+
+    Args:
+        scheme: A :class:`~lightning_qat.QuantScheme`, a scheme string such as ``w4a8kv4``, or a preset's name.
+        allow_partial: Accept that less than 90 % of the matrix weights in reach of the scheme can be quantized.
+
+    Raises:
+        ValueError: Unknown scheme.
+    """
+
+    def __init__(self, scheme: str | QuantScheme, allow_partial: bool = False) -> None:
+        self.scheme = QuantScheme.parse(scheme)
+        self.allow_partial = allow_partial
+        self.report: InsertionReport | None = None
+        self._arming: Arming | None = None
+        self._probe: ReachProbe | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Arm; quantizers are inserted when Lightning calls ``configure_model``."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if callback is self:
+                break
+            if isinstance(callback, WeightAveraging):
+                raise MisconfigurationException(
+                    "WeightAveraging copies the model in its setup, before quantizers are in it; list QuantizationCallback before it"
+                )
+        self._arming = Arming(pl_module, early=lambda: self._insert(pl_module, final=False), late=lambda: self._insert(pl_module))
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave nothing behind but the quantizers."""
+        self._release()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind but the quantizers."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._arming is not None:
+            self._arming.disarm()
+        if self._probe is not None:
+            self._probe.remove()
+        self._arming = self._probe = None
+
+    def _insert(self, pl_module: pl.LightningModule, final: bool = True) -> None:
+        try:
+            root = quantization_root(pl_module)
+        except AttributeError:
+            if final:
+                raise
+            return  # the root is built in configure_model
+        report = insert_quantizers(root, self.scheme, allow_partial=self.allow_partial, final=final)
+        if final:
+            sharded = [item.name for item in report.left_alone if item.reason.startswith("already sharded")]
+            if sharded:
+                raise MisconfigurationException(
+                    f"{sharded[0]} was sharded before quantizers could be inserted. Add this line to configure_model of "
+                    f"{type(pl_module).__name__}, between building and fully_shard:\n    self.after_build()"
+                )
+            if self.report is None:
+                rank_zero_info(str(report))
+            self.report = report
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Every parameter that quantizers brought must be trained by some optimizer."""
+        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        root = quantization_root(pl_module)
+        ours = {id(p): name for name, q in named_quantizers(root) for p in q.parameters() if p.requires_grad}
+        lost = [name for key, name in ours.items() if key not in held]
+        if lost:
+            raise MisconfigurationException(
+                f"{len(lost)} learned quantizers are held by no optimizer, the first is {lost[0]!r}: the optimizer was built before they "
+                "were inserted. Build it in configure_optimizers; with LightningCLI pass auto_configure_optimizers=False and take "
+                "`optimizer: OptimizerCallable` in your module"
+            )
+        idle = [name for name, p in root.named_parameters() if p.requires_grad and id(p) not in held and id(p) not in ours]
+        if idle:
+            rank_zero_warn(f"{len(idle)} parameters of the quantized model are held by no optimizer, the first is {idle[0]!r}")
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch which quantized layers the first batch reaches."""
+        if self._probe is None:
+            self._probe = ReachProbe(quantization_root(pl_module))
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A quantizer that the first batch never called would silently leave its layer in full precision."""
+        if self._probe is not None and self._probe.watching:
+            self._probe.remove()
+            missed = self._probe.missed()
+            if missed:
+                raise MisconfigurationException(
+                    f"{len(missed)} quantized layers were not called by the first batch, the first are {missed[:3]}; the model bypasses them. "
+                    "Exclude them from the scheme, or call the layers instead of reading their weights"
+                )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data, for comparison when a checkpoint is loaded."""
+        return {"format_version": STATE_VERSION, "scheme": self.scheme.to_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained with another scheme."""
+        differences = _differences(state_dict["scheme"], self.scheme.to_dict())
+        if differences:
+            raise MisconfigurationException(
+                "QuantizationCallback: the checkpoint was trained with another scheme:\n  " + "\n  ".join(differences)
+            )
+
+
+def quantization_root(pl_module: nn.Module) -> nn.Module:
+    """The module below which a LightningModule is quantized: ``quantization_root`` names it, else the module itself."""
+    path = getattr(pl_module, "quantization_root", None)
+    if path is None:
+        return pl_module
+    if not isinstance(path, str):
+        raise MisconfigurationException(f"quantization_root: got {path!r}, expected the dotted name of a submodule")
+    return pl_module.get_submodule(path)
+
+
+def _differences(saved: Any, given: Any, where: str = "scheme") -> list[str]:
+    if isinstance(saved, dict) and isinstance(given, dict):
+        keys = sorted({*saved, *given})
+        return [line for key in keys for line in _differences(saved.get(key), given.get(key), f"{where}.{key}")]
+    return [] if saved == given else [f"{where}: {saved!r} in the checkpoint, {given!r} here"]

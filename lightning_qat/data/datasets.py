@@ -1,0 +1,58 @@
+"""Datasets over generated samples and over windows of real text, and how they are put into batches."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_qat.data.store import GenerationStore
+
+
+class GeneratedSamples(Dataset[dict[str, Any]]):
+    """Samples `indices` of a store; item i is ``{"input_ids": int64 [tokens]}``."""
+
+    def __init__(self, store: GenerationStore, indices: range, rows: int) -> None:
+        self.store, self.indices, self.rows = store, indices, rows
+        self._tile = lru_cache(maxsize=64)(store.read)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        index = self.indices[item]
+        return {"input_ids": self._tile(index // self.rows)[index % self.rows], "source": "generated"}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self.store, "indices": self.indices, "rows": self.rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+class TextWindows(Dataset[dict[str, Any]]):
+    """Windows of real text."""
+
+    def __init__(self, windows: Sequence[Tensor]) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        return {"input_ids": self.windows[item], "source": "text"}
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Pad on the right.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, int64 [batch, longest], and ``source``, where the samples come from.
+    """
+    sequences = [sample["input_ids"] for sample in samples]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(-1)).long()
+    return {"input_ids": ids, "attention_mask": mask, "source": samples[0]["source"]}

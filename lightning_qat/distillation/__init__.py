@@ -1,0 +1,5 @@
+"""Distilling a full-precision teacher into its quantized student."""
+
+from lightning_qat.distillation.module import DistillationModule
+
+__all__ = ["DistillationModule"]

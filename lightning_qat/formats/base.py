@@ -1,0 +1,63 @@
+"""The verbs `export` and `load_quantized`, and what a format has to offer."""
+
+import os
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from torch import nn
+
+from lightning_qat.modules import scheme_of
+from lightning_qat.registry import Registry
+
+
+class Format(ABC):
+    """One way of writing a quantized model."""
+
+    @abstractmethod
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Write the model's codes and scales into an empty folder, and verify them there."""
+
+
+formats: Registry[type[Format]] = Registry("format", "lightning_qat.formats")
+
+
+def export(model: nn.Module, path: str | Path, format: str = "native", drop: tuple[str, ...] = (), inexact: bool = False) -> Path:
+    """Write a quantized model with exactly the integers that were trained.
+
+    Everything is written to a temporary folder, verified and then renamed, so a failed export leaves nothing behind.
+
+    Args:
+        model: A module with quantizers.
+        path: Folder to create; it may exist if it is empty.
+        format: Registered name of the format.
+        drop: Parts of the scheme that the format may leave out; the native format needs none.
+        inexact: Allow a format that executes another grid; the native format is exact.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: Unknown format, a model without quantizers, a folder that is not empty or cannot be written.
+    """
+    writer = formats.get(format)()
+    target = Path(path)
+    if drop or inexact:
+        raise ValueError(f"drop, inexact: got drop={drop!r}, inexact={inexact}; the {format!r} format expresses everything exactly")
+    if scheme_of(model) is None:
+        raise ValueError("export: the model holds no quantizers; call insert_quantizers, or train with QuantizationCallback first")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"path: {str(target)!r} exists and is not an empty folder; choose another one")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"path: cannot write to {str(target)!r}: {error}") from error
+    try:
+        writer.write(model, temporary)
+        if target.exists():
+            target.rmdir()
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target

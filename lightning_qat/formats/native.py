@@ -1,0 +1,207 @@
+"""The native format, version 1: everything the library can express, in two files.
+
+    model.safetensors     <layer>.packed       uint8 [out, bytes]: codes, low bit first, each row on a byte of its own
+                          <layer>.scale        [out, blocks] in the scheme's scale dtype
+                          <layer>.zero_point   uint8 like it, on asymmetric grids
+                          every other parameter and buffer under its own name and dtype
+    manifest.json         format version, scheme, per layer (bits, shape, dtype), tied names, effective bits, checksums, versions
+
+A transformers model also gets its config, generation config and tokenizer.
+"""
+
+import hashlib
+import json
+import warnings
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from lightning_qat.formats.base import Format, formats
+from lightning_qat.formats.skeleton import build_transformers_model
+from lightning_qat.modules import QuantLayer, insert_quantizers, scheme_of
+from lightning_qat.modules.layer import quant_layers
+from lightning_qat.modules.packed import PackedWeight, pack_tensors
+from lightning_qat.scheme import QuantScheme
+from lightning_qat.specs import TensorSpec
+
+FORMAT, FORMAT_VERSION = "lightning_qat", 1
+WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+
+
+@formats.register("native")
+class NativeFormat(Format):
+    """Writes `model.safetensors` and `manifest.json`."""
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Write, and read back: the packed codes must be the codes of the model's quantizers."""
+        tensors, layers = _packed_layers(model)
+        rest, tied = _other_tensors(model, set(layers))
+        save_file({**tensors, **rest}, folder / WEIGHTS, metadata={"format": "pt"})
+        _save_company(model, folder)
+        scheme = scheme_of(model)
+        assert scheme is not None
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model": _model_kind(model),
+            "scheme": scheme.to_dict(),
+            "effective_bits": scheme.effective_bits(model) if layers else None,
+            "counted_bits": _counted_bits(layers, rest),
+            "layers": layers,
+            "tied": tied,
+            "dropped": [],
+            "sha256": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
+            "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        written = load_file(folder / WEIGHTS)
+        wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
+        if wrong:
+            raise RuntimeError(f"export: {wrong[0]} reads back differently than it was written")
+
+
+def _packed_layers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    for name, layer in quant_layers(model):
+        quantizer = layer.weight_quantizer
+        if quantizer is None:
+            continue
+        if isinstance(quantizer, PackedWeight):
+            parts = {key: value for key, value in quantizer.named_buffers()}
+            dtype = quantizer.dtype
+        else:
+            parts = pack_tensors(quantizer.codes(layer.to_matrix(layer.weight)), quantizer.spec)
+            dtype = layer.weight.dtype
+        rows, columns = layer.matrix_shape()
+        spec = asdict(quantizer.spec)
+        layers[name] = {"spec": spec, "shape": [rows, columns], "dtype": str(dtype).removeprefix("torch.")}
+        tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in parts.items()}
+    return tensors, layers
+
+
+def _other_tensors(model: nn.Module, packed: set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Everything that is not stored as codes, and which names share a tensor (safetensors stores one of them)."""
+    inside = tuple(f"{name}.weight_quantizer." for name in packed)
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    places: dict[tuple[int, int], str] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(inside) or name.removesuffix(".weight") in packed and name.endswith(".weight"):
+            continue
+        place = (tensor.data_ptr(), tensor.numel())
+        if tensor.numel() and place in places:
+            tied[name] = places[place]
+        else:
+            places[place] = name
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors, tied
+
+
+def _counted_bits(layers: dict[str, Any], rest: dict[str, Tensor]) -> int:
+    """Exact size of what the weight file has to hold, without its header."""
+    codes = sum(TensorSpec(**layer["spec"]).storage_bits(*layer["shape"]) for layer in layers.values())
+    return codes + sum(tensor.numel() * tensor.element_size() * 8 for tensor in rest.values())
+
+
+def _model_kind(model: nn.Module) -> dict[str, str]:
+    library = "transformers" if isinstance(model, PreTrainedModel) else "torch"
+    return {"library": library, "class": type(model).__name__}
+
+
+def _save_company(model: nn.Module, folder: Path) -> None:
+    if not isinstance(model, PreTrainedModel):
+        return
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    source = model.config._name_or_path
+    if source and Path(source).is_dir():
+        try:
+            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        except (OSError, ValueError):
+            warnings.warn(f"export: {source!r} holds no tokenizer; save one into the exported folder yourself", stacklevel=2)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def load_quantized(path: str | Path, model: nn.Module | None = None) -> Any:
+    """A model from its exported codes; float weights of quantized layers are never built.
+
+    Args:
+        path: A folder that :func:`export` wrote in the native format.
+        model: For a model that is not one of transformers: an instance of its class, whose weights are replaced.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ValueError: Not an export, a newer format version, a damaged file, or `model` missing or of another shape.
+    """
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"path: cannot read {str(folder / WEIGHTS)!r}: {error}") from error
+    if model is None:
+        if manifest["model"]["library"] != "transformers":
+            raise ValueError(f"model: this is a {manifest['model']['class']} of your own; pass model=<an instance> to load_quantized")
+        model = build_transformers_model(folder, manifest["model"]["class"])
+    insert_quantizers(model, QuantScheme.parse(manifest["scheme"]), allow_partial=True, final=False)
+    modules = dict(model.named_modules())
+    for name, layer in manifest["layers"].items():
+        if not isinstance(modules.get(name), QuantLayer):
+            raise ValueError(f"model: the export has a quantized layer {name!r}, the given {type(model).__name__} does not")
+        _put_codes(modules[name], name, layer, tensors)
+    for alias, name in manifest["tied"].items():
+        tensors[alias] = tensors[name]
+    result = model.load_state_dict(tensors, strict=False, assign=True)
+    missing = [key for key in result.missing_keys if ".weight_quantizer." not in key and key.removesuffix(".weight") not in manifest["layers"]]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"model: missing in the export: {missing[:3]}; unknown to the model: {result.unexpected_keys[:3]}")
+    if isinstance(model, PreTrainedModel) and manifest["tied"]:
+        model.tie_weights()
+    return model.eval()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"path: no {MANIFEST} in {str(folder)!r}; expected a folder written by lightning_qat.export")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"path: {str(path)!r} is damaged: {error}") from error
+    if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"path: {str(path)!r} is {manifest.get('format')!r} version {manifest.get('format_version')!r}; this library reads "
+            f"{FORMAT!r} version {FORMAT_VERSION}"
+        )
+    for name, digest in manifest["sha256"].items():
+        file = folder / Path(name).name
+        if not file.is_file() or _sha256(file) != digest:
+            raise ValueError(f"path: {str(file)!r} is missing or damaged (checksum differs from the manifest); export again")
+    return manifest
+
+
+def _put_codes(module: nn.Module, name: str, layer: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    assert isinstance(module, QuantLayer)
+    shape = tuple(layer["shape"])
+    if module.matrix_shape() != shape:
+        raise ValueError(f"model: {name} has shape {module.matrix_shape()} in the given model and {shape} in the export")
+    parts = {part: tensors.pop(key) for part in ("packed", "scale", "zero_point") if (key := f"{name}.{part}") in tensors}
+    dtype = getattr(torch, layer["dtype"])
+    module.weight_quantizer = PackedWeight(TensorSpec(**layer["spec"]), shape, dtype, parts)
+    # Some models ask a layer's weight for its dtype; an empty parameter answers and holds nothing.
+    module.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)

@@ -1,0 +1,127 @@
+"""The teacher writes the data: LLM-QAT (arXiv 2305.17888), section 3.1.
+
+A random start token, the most probable token for the next 3 to 5 steps, then samples from the full softmax (temperature 1, no top-k)
+until the end token or the maximum length.
+
+A sample is a pure function of (teacher, settings, seed, index): randomness is keyed (seed, index, position), and rows are always
+computed in tiles of the same size on a cache of the same length, because matrix products are not bitwise the same for other batch sizes.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat.generation.cache import sliced_cache
+from lightning_qat.generation.randomness import uniform
+
+_START, _GREEDY, _FIRST_TOKEN = 0, 1, 2  # which draw of a sample is which
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """What a sample depends on besides the teacher.
+
+    Args:
+        max_length: Tokens per sample, the start token included.
+        seed: Seed of the whole set.
+        greedy_tokens: Smallest and largest number of most-probable tokens after the start token; drawn per sample.
+        rows: Samples computed together; part of a sample's identity.
+    """
+
+    max_length: int
+    seed: int = 0
+    greedy_tokens: tuple[int, int] = (3, 5)
+    rows: int = 64
+
+    def __post_init__(self) -> None:
+        low, high = self.greedy_tokens
+        if not 0 <= low <= high:
+            raise ValueError(f"greedy_tokens: got {self.greedy_tokens}, expected (low, high) with 0 <= low <= high")
+        for field in ("max_length", "rows"):
+            least = 2 if field == "max_length" else 1
+            if getattr(self, field) < least:
+                raise ValueError(f"{field}: got {getattr(self, field)}, expected at least {least}")
+        object.__setattr__(self, "greedy_tokens", (low, high))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the store's fingerprint."""
+        return {**asdict(self), "greedy_tokens": list(self.greedy_tokens)}
+
+
+def sample_token(logits: Tensor, draw: Tensor) -> Tensor:
+    """Inverse-CDF sampling from the full softmax.
+
+    Args:
+        logits: [rows, vocabulary].
+        draw: Uniform numbers in [0, 1), [rows].
+
+    Returns:
+        Token ids, [rows].
+    """
+    cumulative = torch.softmax(logits.float(), dim=-1).cumsum(-1)
+    target = (draw.to(cumulative.dtype) * cumulative[:, -1]).unsqueeze(-1)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+@torch.inference_mode()
+def generate_rows(
+    model: Any, settings: GenerationSettings, first_index: int, allowed: list[int], progress: Callable[[], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Samples `first_index` to `first_index + rows - 1`.
+
+    Args:
+        model: A causal language model in eval mode.
+        settings: What to generate.
+        first_index: Index of the first row's sample.
+        allowed: Ids a sample may start with.
+        progress: Called after each step.
+
+    Returns:
+        (tokens [rows, max_length], lengths [rows]), int64; what follows the end token is 0.
+
+    Raises:
+        ValueError: The teacher's logits are NaN or inf, or the maximum length exceeds its positions.
+    """
+    _check_positions(model, settings.max_length)
+    device = next(model.parameters()).device
+    index = torch.arange(first_index, first_index + settings.rows, device=device)
+    low, high = settings.greedy_tokens
+    pool = torch.tensor(allowed, device=device)
+    token = pool[(uniform(settings.seed, index, _START) * len(allowed)).long()]
+    greedy = low + (uniform(settings.seed, index, _GREEDY) * (high - low + 1)).long()
+    ends = _end_tokens(model, device)
+    tokens = torch.zeros(settings.rows, settings.max_length, dtype=torch.int64, device=device)
+    lengths = torch.ones(settings.rows, dtype=torch.int64, device=device)
+    alive = torch.ones(settings.rows, dtype=torch.bool, device=device)
+    tokens[:, 0] = token
+    cache = sliced_cache(model.config.get_text_config(), settings.max_length)
+    for position in range(1, settings.max_length):
+        logits = model(input_ids=token.unsqueeze(-1), past_key_values=cache, use_cache=True).logits[:, -1]
+        if not bool(torch.isfinite(logits[alive]).all()):
+            raise ValueError(f"generation: the teacher's logits are not finite at position {position} from sample {first_index} on")
+        drawn = sample_token(logits, uniform(settings.seed, index, _FIRST_TOKEN + position))
+        token = torch.where(greedy >= position, logits.argmax(-1), drawn)
+        tokens[:, position] = torch.where(alive, token, 0)
+        lengths += alive
+        alive &= ~torch.isin(token, ends)
+        if progress is not None:
+            progress()
+        if not bool(alive.any()):
+            break
+    return tokens, lengths
+
+
+def _check_positions(model: Any, max_length: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise ValueError(f"max_length: got {max_length}, the teacher has {limit} positions")
+
+
+def _end_tokens(model: Any, device: torch.device) -> Tensor:
+    """All ids that end a sequence; models may have none, one or several."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = model.config.get_text_config().eos_token_id if ids is None else ids
+    return torch.tensor([] if ids is None else ids, dtype=torch.int64, device=device).reshape(-1)
