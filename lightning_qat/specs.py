@@ -26,9 +26,10 @@ def _choose(owner: str, field: str, got: object, allowed: tuple[str, ...]) -> No
         raise ValueError(f"{owner}.{field}: got {got!r}, {did_you_mean(got, allowed)}")
 
 
-def _check_bits(owner: str, bits: float | None) -> None:
+def _check_bits(owner: str, bits: float | None) -> int | None:
+    """The bits as an integer, so that 4 and YAML's 4.0 are the same spec."""
     if bits is None or bits == OFF or bits in INTEGER_BITS:
-        return
+        return None if bits is None else int(bits)
     if bits == 1.58:
         raise ValueError(f"{owner}.bits: ternary (1.58) has no quantizer yet; use 1 or 2")
     raise ValueError(f"{owner}.bits: got {bits!r}, allowed are 1 to 8; 16 or null turns quantization off")
@@ -78,7 +79,7 @@ class TensorSpec:
     round_via: RoundVia = "divide"
 
     def __post_init__(self) -> None:
-        _check_bits("TensorSpec", self.bits)
+        object.__setattr__(self, "bits", _check_bits("TensorSpec", self.bits))
         _choose("TensorSpec", "granularity", self.granularity, GRANULARITIES)
         _choose("TensorSpec", "range_finder", self.range_finder, ("absmax", "mse", "percentile"))
         _choose("TensorSpec", "code_range", self.code_range, ("narrow", "full"))
@@ -145,9 +146,11 @@ class KVSpec:
     round_via: RoundVia = "divide"
 
     def __post_init__(self) -> None:
-        _check_bits("KVSpec", self.bits)
+        object.__setattr__(self, "bits", _check_bits("KVSpec", self.bits))
         _choose("KVSpec", "position", self.position, ("pre_rope", "post_rope"))
         _choose("KVSpec", "granularity", self.granularity, ("token", "token_head"))
+        if self.bits == 1:
+            raise ValueError("KVSpec.bits: got 1, allowed are 2 to 8; 16 or null turns quantization off")
         if self.past_only:
             raise ValueError("KVSpec.past_only: not implemented yet; use past_only=False")
         self.tensor  # noqa: B018  the shared fields are checked where they are defined

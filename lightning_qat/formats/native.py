@@ -2,7 +2,7 @@
 
     model.safetensors     <layer>.packed       uint8 [out, bytes]: codes, low bit first, each row on a byte of its own
                           <layer>.scale        [out, blocks] in the scheme's scale dtype
-                          <layer>.zero_point   uint8 like it, on asymmetric grids
+                          <layer>.zero_point   uint8 [1, bytes]: packed like the codes, in the order of the scales; on asymmetric grids
                           every other parameter and buffer under its own name and dtype
     manifest.json         format version, scheme, per layer (bits, shape, dtype), tied names, effective bits, checksums, versions
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qat.modules.layer import QuantLayer, register_layer
@@ -26,8 +27,12 @@ class _QuantConv(QuantLayer, _ConvBase):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """A token of a convolution is a whole sample: one scale for all its channels and positions."""
-        batched = x.dim() == len(self.kernel_size) + 2
-        return super().quantized_input(x.reshape(x.shape[0] if batched else 1, -1)).view_as(x)
+        if self.input_quantizer is None or not self.input_quantizer.enabled:
+            return x
+        samples = x.flatten(1) if x.dim() == len(self.kernel_size) + 2 else x.reshape(1, -1)
+        values = super().quantized_input(samples).view(x.shape)
+        layout = torch.channels_last
+        return values.contiguous(memory_format=layout) if x.dim() == 4 and x.is_contiguous(memory_format=layout) else values
 
     def forward(self, input: Tensor) -> Tensor:
         """As the convolution it replaces."""

@@ -21,6 +21,7 @@ from lightning_qat.modules.report import (
     QuantizedLayer,
 )
 from lightning_qat.modules.shared_input import SIBLINGS, SharedInput
+from lightning_qat.modules.side_doors import close_side_doors, open_side_doors
 from lightning_qat.quantizers import build_quantizer
 from lightning_qat.scheme import QuantScheme
 from lightning_qat.specs import KVSpec, TensorSpec
@@ -70,7 +71,9 @@ def insert_quantizers(
         if kv_of(module) is None:
             attach_kv(module, kv)
     _share_inputs(model)
-    _close_side_doors(model)
+    for module in model.modules():
+        if _is_quantized(module):
+            close_side_doors(module)
     if report.layers or report.attention:
         setattr(model, SCHEME_ATTRIBUTE, scheme)
     return report
@@ -90,16 +93,18 @@ def remove_quantizers(model: nn.Module) -> None:
             detach_kv(module)
         if isinstance(module, QuantLayer):
             module.detach()
-        for name in (SCHEME_ATTRIBUTE, "save_pretrained"):
-            module.__dict__.pop(name, None)
-        if "float_fast_path" in module.__dict__:
-            module.activation_relu_or_gelu = module.__dict__.pop("float_fast_path")
+        vars(module).pop(SCHEME_ATTRIBUTE, None)
+        open_side_doors(module)
 
 
 def scheme_of(model: nn.Module) -> QuantScheme | None:
     """The scheme a model (or a part of it) was quantized with, or None."""
-    found = (vars(module).get(SCHEME_ATTRIBUTE) for module in model.modules())
-    return next((scheme for scheme in found if scheme is not None), None)
+    found = ((module, vars(module).get(SCHEME_ATTRIBUTE)) for module in model.modules())
+    return next((scheme for module, scheme in found if scheme is not None and _is_quantized(module)), None)
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantLayer) or kv_of(module) is not None for module in model.modules())
 
 
 def _refuse_other_scheme(model: nn.Module, scheme: QuantScheme) -> None:
@@ -136,6 +141,7 @@ def _plan_attention(plan: _Plan, matcher: Matcher, name: str, module: nn.Module)
     reason = cannot_quantize(module, spec)
     if reason:
         raise ValueError(f"{name}: {reason}")
+    build_quantizer(spec.tensor)
     plan.attention.append((name, module, spec))
 
 
@@ -227,7 +233,8 @@ def _check_coverage(report: InsertionReport, scheme: QuantScheme) -> None:
             "QuantScheme.kv: no attention module below the quantization root goes through transformers' AttentionInterface; "
             "leave kv out"
         )
-    if (scheme.weight or scheme.input) and not report.layers:
+    parts = [scheme.weight, scheme.input, *(part for o in scheme.overrides for part in (o.weight, o.input))]
+    if any(isinstance(part, TensorSpec) for part in parts) and not report.layers:
         raise ValueError(f"QuantScheme: no layer can be quantized below the quantization root\n{report}")
     if (scheme.weight or scheme.input) and report.coverage < MINIMUM_COVERAGE:
         raise ValueError(
@@ -248,21 +255,3 @@ def _share_inputs(model: nn.Module) -> None:
                 shared = SharedInput(len(group))
                 for layer in group:
                     layer.shared_input = shared
-
-
-def _close_side_doors(model: nn.Module) -> None:
-    """Switch off what would silently bypass or lose the quantizers."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, QuantLayer) for m in module.modules()):
-            # The fused inference path of torch reads the raw weights; this attribute is one of its preconditions.
-            module.__dict__.setdefault("float_fast_path", module.activation_relu_or_gelu)
-            module.activation_relu_or_gelu = 0
-        if hasattr(type(module), "save_pretrained") and any(isinstance(m, QuantLayer) for m in module.modules()):
-            module.__dict__["save_pretrained"] = _refuse_save_pretrained
-
-
-def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
-    raise ValueError(
-        "save_pretrained: this model holds quantizers, and a plain checkpoint would load as full precision; use "
-        "lightning_qat.export(model, path), or remove_quantizers(model) first to save the float weights"
-    )

@@ -39,6 +39,9 @@ def cannot_quantize(module: nn.Module, spec: KVSpec) -> str | None:
         return (
             f"kv.position: 'pre_rope' needs separate k_proj and v_proj, {kind} has no {' and no '.join(missing)}; use 'post_rope'"
         )
+    other_norms = [name for name, _ in module.named_children() if name.startswith(("k_", "key_")) and "norm" in name and name != "k_norm"]
+    if other_norms:
+        return f"kv.position: 'pre_rope' is not defined for the {other_norms[0]} of {kind}; use 'post_rope'"
     if spec.granularity == "token" and hasattr(module, "k_norm") and kind not in NORM_LAYOUTS:
         return f"kv.granularity: 'token' with 'pre_rope' is not defined for the k_norm of {kind}; use 'token_head' or 'post_rope'"
     return None
@@ -60,6 +63,8 @@ class KVQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize k or v, same shape; the last axis of what the quantizer sees is what shares a scale."""
+        if not self.quantizer.enabled:
+            return x
         if self.spec.granularity == "token_head":
             if self.layout == "btD":
                 return self.quantizer(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
@@ -81,7 +86,7 @@ class _QuantizeOutput:
         return self.quantizer(output)
 
 
-def attach_kv(module: nn.Module, spec: KVSpec) -> None:
+def attach_kv(module: Any, spec: KVSpec) -> None:
     """Quantize keys and values of one attention module."""
     head_dim = getattr(module, "head_dim", None) or module.config.hidden_size // module.config.num_attention_heads
     if spec.position == "post_rope":
@@ -95,19 +100,19 @@ def attach_kv(module: nn.Module, spec: KVSpec) -> None:
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = INTERFACE
     else:
-        handles = []
-        for part, producer in (("key", getattr(module, "k_norm", module.k_proj)), ("value", module.v_proj)):
-            handles.append((producer, producer.register_forward_hook(_QuantizeOutput(getattr(module, f"{part}_quantizer"))).id))
-        module.kv_hooks = handles
+        producers = {"key": getattr(module, "k_norm", module.k_proj), "value": module.v_proj}
+        hooks = {part: _QuantizeOutput(getattr(module, f"{part}_quantizer")) for part in producers}
+        # The handles themselves, not their numbers: they pickle, and keep numbers given after unpickling from clashing with theirs.
+        module.kv_hooks = [producer.register_forward_hook(hooks[part]) for part, producer in producers.items()]
 
 
-def detach_kv(module: nn.Module) -> None:
+def detach_kv(module: Any) -> None:
     """The inverse of :func:`attach_kv`."""
     if hasattr(module, "float_config"):
         module.config = module.float_config
         del module.float_config
-    for producer, key in getattr(module, "kv_hooks", ()):
-        del producer._forward_hooks[key]
+    for handle in getattr(module, "kv_hooks", ()):
+        handle.remove()
     if hasattr(module, "kv_hooks"):
         del module.kv_hooks
     del module.key_quantizer, module.value_quantizer
@@ -119,13 +124,13 @@ def kv_of(module: nn.Module) -> KVSpec | None:
     return quantizer.spec if isinstance(quantizer, KVQuantizer) else None
 
 
-def _float_attention(module: nn.Module) -> Callable[..., Any]:
+def _float_attention(module: Any) -> Callable[..., Any]:
     name = module.float_config._attn_implementation
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[no-any-return]
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
-def quantized_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+def quantized_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """Attention on quantized keys and values, [batch, kv heads, tokens, head_dim], through the function the model had."""
     key, value = module.key_quantizer(key), module.value_quantizer(value)
     return _float_attention(module)(module, query, key, value, attention_mask, **kwargs)

@@ -71,6 +71,9 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid, in its own shape; computed once inside :func:`cached_weights`."""
+        quantizer = self.weight_quantizer
+        if quantizer is None or (isinstance(quantizer, Quantizer) and not quantizer.enabled):
+            return self.weight
         if not self.keep_quantized_weight or torch.is_grad_enabled():
             return self._compute_weight()
         if self.kept_weight is None:
@@ -78,11 +81,10 @@ class QuantLayer(nn.Module):
         return self.kept_weight
 
     def _compute_weight(self) -> Tensor:
-        if self.weight_quantizer is None:
-            return self.weight
-        if isinstance(self.weight_quantizer, PackedWeight):
-            return self.from_matrix(self.weight_quantizer.dequantize())
-        return self.from_matrix(self.weight_quantizer(self.to_matrix(self.weight)))
+        quantizer = self.weight_quantizer
+        assert quantizer is not None
+        matrix = quantizer.dequantize() if isinstance(quantizer, PackedWeight) else quantizer(self.to_matrix(self.weight))
+        return self.from_matrix(matrix)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input on its grid; siblings that were handed the same tensor compute it once."""

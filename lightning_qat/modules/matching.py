@@ -25,9 +25,8 @@ class Matcher:
 
     def excluded(self, name: str, module: nn.Module) -> str | None:
         """Why the scheme leaves this module alone, or None."""
-        hits = [pattern for pattern in self.scheme.exclude if self._hit(pattern, name, module)]
-        if hits:
-            return f"excluded by {hits[0]!r}"
+        if (reason := self._why_excluded(name, module)) is not None:
+            return reason
         included = self._any_hit(self.scheme.include, name, module)
         return None if included else f"not in include={list(self.scheme.include)}"
 
@@ -42,7 +41,7 @@ class Matcher:
 
     def kv_spec(self, name: str, module: nn.Module) -> KVSpec | None:
         """Key/value spec of an attention module after overrides."""
-        kv = self.scheme.kv
+        kv = None if self._why_excluded(name, module) else self.scheme.kv
         for override in self.scheme.overrides:
             if self._any_hit(override.names, name, module):
                 kv = kv if isinstance(override.kv, str) else override.kv
@@ -61,9 +60,18 @@ class Matcher:
                 if pattern not in self._used:
                     leaves = {name.rsplit(".", 1)[-1] for name in names}
                     raise ValueError(
-                        f"QuantScheme.{field}: pattern {pattern!r} matches nothing below the quantization root; "
-                        f"layer names end in: {did_you_mean(pattern, leaves)}"
+                        f"QuantScheme.{field}: pattern {pattern!r} matches nothing below the quantization root "
+                        f"(append '.*' to name what a container holds); layer names end in: {did_you_mean(pattern, leaves)}"
                     )
+
+    def _why_excluded(self, name: str, module: nn.Module) -> str | None:
+        """Excludes the user wrote always hold; the default ones give way to an override that names the module."""
+        hits = [pattern for pattern in self.scheme.exclude if self._hit(pattern, name, module)]
+        named = [o for o in self.scheme.overrides if self._any_hit([p for p in o.names if p != "*"], name, module)]
+        wanted = any(isinstance(part, TensorSpec) for override in named for part in (override.weight, override.input))
+        if not hits or (wanted and set(hits) <= set(DEFAULT_EXCLUDE)):
+            return None
+        return f"excluded by {hits[0]!r}"
 
     def _any_hit(self, patterns: Iterable[str], name: str, module: nn.Module) -> bool:
         """Every pattern is tried, so that each one that is of use is remembered."""
@@ -71,7 +79,7 @@ class Matcher:
 
     def _hit(self, pattern: str, name: str, module: nn.Module) -> bool:
         if pattern.startswith("type:"):
-            hit = fnmatch.fnmatchcase(type(module).__name__.removeprefix("Quant"), pattern[5:])
+            hit = any(fnmatch.fnmatchcase(cls.__name__, pattern[5:]) for cls in type(module).__mro__)
         else:
             hit = fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
             hit = hit or (pattern == "lm_head" and id(module) in self._heads)

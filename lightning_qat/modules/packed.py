@@ -16,8 +16,8 @@ class PackedWeight(nn.Module):
         spec: How the matrix was quantized.
         shape: (out, in).
         dtype: The dtype that :meth:`dequantize` returns.
-        tensors: ``packed`` uint8 [out, bytes], ``scale`` [out, blocks] in the spec's scale dtype, and ``zero_point`` int16 like it on
-            asymmetric grids.
+        tensors: ``packed`` uint8 [out, bytes], ``scale`` [out, blocks] in the spec's scale dtype, and on asymmetric grids ``zero_point``
+            uint8 [1, bytes], packed like the codes in the order of the scales.
     """
 
     packed: Tensor
@@ -33,11 +33,14 @@ class PackedWeight(nn.Module):
 
     def codes(self) -> QuantizedTensor:
         """The integer codes and scales."""
-        codes = unpack(self.packed, self.spec.code_bits, self.grid.qmin, self.shape[1])
+        bits = self.spec.code_bits
+        codes = unpack(self.packed, bits, self.grid.qmin, self.shape[1])
+        packed = self.zero_point
+        zero_point = None if packed is None else unpack(packed, bits, 0, self.scale.numel()).view_as(self.scale)
         return QuantizedTensor(
             codes=codes.to(torch.int8 if self.grid.qmax <= 127 else torch.uint8),
             scale=self.scale.to(torch.promote_types(self.scale.dtype, torch.float32)),
-            zero_point=self.zero_point,
+            zero_point=zero_point,
             grid=self.grid,
             group_size=self.spec.group_size,
             dtype=self.dtype,
@@ -60,5 +63,5 @@ def pack_tensors(quantized: QuantizedTensor, spec: TensorSpec) -> dict[str, Tens
         "scale": quantized.scale.to(dtype).contiguous(),
     }
     if quantized.zero_point is not None:
-        tensors["zero_point"] = quantized.zero_point.to(torch.uint8)
+        tensors["zero_point"] = pack(quantized.zero_point.reshape(1, -1), spec.code_bits, 0)
     return tensors

@@ -28,17 +28,25 @@ class SharedInput:
         """Forget the input at hand."""
         self._source: Tensor | None = None
         self._values: Tensor | None = None
-        self._waiting = 0
+        self._served: list[int] = []
+        self._asked = 0
 
     def quantize(self, quantizer: Quantizer, x: Tensor) -> Tensor:
-        """The values of `x` on the grid; computed anew whenever a sibling brings another tensor (cross-attention)."""
-        if self._source is not x:
+        """The values of `x` on the grid.
+
+        Computed anew when a sibling brings another tensor (cross-attention), or asks a second time (it runs alone, and the tensor may
+        have been written to in between). Dropped when every sibling was served, or after as many calls as there are siblings.
+        """
+        asked = self._asked + 1
+        if self._source is not x or id(quantizer) in self._served:
+            asked = 1 if id(quantizer) in self._served else asked
             with torch.no_grad():
-                self._source, self._values, self._waiting = x, quantizer(x), self.size
+                self._source, self._values, self._served = x, quantizer(x), []
         values = self._values
         assert values is not None
-        self._waiting -= 1
-        if self._waiting == 0:
+        self._served.append(id(quantizer))
+        self._asked = asked
+        if asked >= self.size:
             self.clear()
         return straight_through(x, values)
 

@@ -1,0 +1,148 @@
+"""The commands besides those of the Trainer, each a function whose arguments are its options."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from rich.table import Table
+
+from lightning_qat.cli.demo import demo
+from lightning_qat.cli.errors import CommandParser, brief
+from lightning_qat.cli.fit import run_trainer_command
+from lightning_qat.data import SyntheticDataModule
+from lightning_qat.distillation import DistillationModule
+from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_windows
+from lightning_qat.formats import export as export_model
+from lightning_qat.formats import load_quantized
+from lightning_qat.generation import load_causal_lm, load_tokenizer
+from lightning_qat.modules import insert_quantizers
+
+
+def generate(
+    teacher: str,
+    store: str,
+    num_samples: int = 64,
+    max_length: int = 128,
+    seed: int = 0,
+    greedy_tokens: tuple[int, int] = (3, 5),
+    rows: int = 64,
+    dtype: str = "float32",
+    show: int = 2,
+) -> None:
+    """Let a teacher write samples into a store; a store that holds some of them already is completed.
+
+    Args:
+        teacher: Folder, hub id, or tiny-teacher for the bundled one.
+        store: Folder for the generated tokens.
+        num_samples: How many samples the store shall hold.
+        max_length: Tokens per sample.
+        seed: Seed of the whole set.
+        greedy_tokens: Smallest and largest number of most-probable tokens after the random start token.
+        rows: Samples computed together.
+        dtype: float32, bfloat16 or float16.
+        show: How many samples to print.
+    """
+    data = SyntheticDataModule(
+        teacher, num_samples, max_length, seed=seed, store=store, val_samples=0, greedy_tokens=greedy_tokens, rows=rows, dtype=dtype
+    )
+    data.setup("fit")
+    assert data.train_dataset is not None
+    tokenizer, console = load_tokenizer(teacher), Console()
+    console.print(f"{len(data.train_dataset)} samples in {store}")
+    for i in range(min(show, len(data.train_dataset))):
+        console.rule(f"sample {i}")
+        console.print(tokenizer.decode(data.train_dataset[i]["input_ids"]), markup=False, highlight=False)
+
+
+def quantize(model: str, scheme: str, out: str, allow_partial: bool = False) -> None:
+    """Round a model to the nearest codes, without training, and export it.
+
+    Args:
+        model: Folder, hub id, or tiny-teacher.
+        scheme: Scheme string such as w4a8kv4, or a preset's name.
+        out: Folder to create.
+        allow_partial: Accept that less than 90 % of the matrix weights can be quantized.
+    """
+    network = load_causal_lm(model)
+    print(insert_quantizers(network, scheme, allow_partial=allow_partial))
+    print(f"written to {export_model(network, out)}")
+
+
+def evaluate(model: str, text: str = HELD_OUT, scheme: str | None = None, context: int = 512, batch_size: int = 16, out: str | None = None) -> None:
+    """Perplexity and bits per byte of a model, an export or a training checkpoint on real text.
+
+    Args:
+        model: Folder or hub id of a transformers model, a folder written by export, a .ckpt file, or tiny-teacher.
+        text: A .txt or .jsonl file, or held-out for the bundled text.
+        scheme: Round the model's weights to this scheme first (only for a full-precision model).
+        context: Tokens per window; each token is scored once.
+        batch_size: Windows per forward pass; does not change the result.
+        out: JSON file to write the figures to.
+    """
+    network, tokenizer = _load_any(model)
+    if scheme is not None:
+        insert_quantizers(network, scheme)
+    documents = read_documents(text)
+    windows = text_windows(tokenizer, documents, context)
+    score = score_text(network, windows, batch_size, text_bytes=sum(len(document.encode()) for document in documents))
+    figures = {"model": model, "scheme": scheme, "text": text, "context": context, **vars(score)}
+    table = Table("model", "scheme", "perplexity", "bits per byte", "tokens")
+    table.add_row(model, scheme or "as it is", f"{score.perplexity:.4f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
+    Console().print(table)
+    if out is not None:
+        Path(out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def export(checkpoint: str, out: str, format: str = "native") -> None:
+    """Write the student of a training checkpoint with exactly the integers that were trained.
+
+    Args:
+        checkpoint: A .ckpt file of a DistillationModule.
+        out: Folder to create.
+        format: Registered name of the format.
+    """
+    print(f"written to {export_model(_load_checkpoint(checkpoint).student, out, format=format)}")
+
+
+def _load_checkpoint(path: str) -> DistillationModule:
+    if not Path(path).is_file():
+        raise ValueError(f"checkpoint: no file at {path!r}")
+    return DistillationModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+
+
+def _load_any(model: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of whatever the user named."""
+    if model.endswith(".ckpt"):
+        module = _load_checkpoint(model)
+        return module.student, load_tokenizer(module.hparams["teacher"])
+    if (Path(model) / "manifest.json").is_file():
+        return load_quantized(model), load_tokenizer(model)
+    return load_causal_lm(model), load_tokenizer(model)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "quantize": quantize,
+    "evaluate": evaluate,
+    "export": export,
+    "demo": demo,
+}
+
+
+def run(command: str, args: Sequence[str]) -> int:
+    """Run one command; a user's mistake becomes one line and exit status 2."""
+    try:
+        if command in COMMANDS:
+            options = {"as_positional": False, "parser_class": CommandParser, "prog": f"lightning-qat {command}"}
+            jsonargparse.auto_cli(COMMANDS[command], args=list(args), **options)
+        else:
+            run_trainer_command([command, *args])
+    except (ValueError, MisconfigurationException) as error:
+        print(f"lightning-qat {command}: error: {brief(str(error))}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,50 @@
+"""`lightning-qat fit` and its siblings: LightningCLI with a `quantization` group and a teacher that is named once."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_qat.callbacks import QuantizationCallback
+from lightning_qat.cli.errors import TrainerParser
+from lightning_qat.data import SyntheticDataModule  # noqa: F401  named in YAML files without their module
+from lightning_qat.distillation import DistillationModule  # noqa: F401
+
+
+class QATCli(LightningCLI):
+    """Reads ``quantization``, ``model``, ``data`` and ``trainer`` from YAML and the command line.
+
+    ``auto_configure_optimizers`` is off: an optimizer built before quantizers are inserted would not hold their parameters.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser with readable errors."""
+        kwargs.setdefault("dump_header", ["lightning_qat"])
+        parser = TrainerParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in json or yaml format.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callback's arguments, and one teacher for model and data."""
+        parser.add_lightning_class_args(QuantizationCallback, "quantization")
+        parser.link_arguments("model.init_args.teacher", "data.init_args.teacher")
+
+
+def run_trainer_command(args: Sequence[str]) -> QATCli:
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` as if its arguments came from the command line."""
+    with mock.patch.object(sys, "argv", ["lightning-qat", *args]):
+        return QATCli()
