@@ -38,6 +38,7 @@ class Override:
         if isinstance(self.names, str) or not self.names:
             raise ValueError(f"Override.names: got {self.names!r}, expected a non-empty list of patterns")
         object.__setattr__(self, "names", tuple(self.names))
+        _check_parts(self)
         _drop_off_parts(self)
 
 
@@ -76,6 +77,7 @@ class QuantScheme:
                 raise ValueError(f"QuantScheme.{field}: got {getattr(self, field)!r}, expected a list of patterns")
             object.__setattr__(self, field, tuple(getattr(self, field)))
         object.__setattr__(self, "overrides", tuple(self.overrides))
+        _check_parts(self)
         _drop_off_parts(self)
         for field in ("output", "attention", "salient"):
             if getattr(self, field) is not None:
@@ -122,7 +124,7 @@ class QuantScheme:
             return scheme_from_dict(scheme)
         if scheme in PRESETS:
             return PRESETS.get(scheme)
-        match = re.fullmatch(r"w([\d.]+)(?:g(\d+))?(?:a([\d.]+))?(?:kv([\d.]+))?", scheme)
+        match = re.fullmatch(r"w(N)(?:g(\d+))?(?:a(N))?(?:kv(N))?".replace("N", r"\d+(?:\.\d+)?"), scheme)
         if match is None:
             raise ValueError(
                 f"scheme: got {scheme!r}, expected w<bits>[g<size>][a<bits>][kv<bits>] such as 'w4a8kv4' or 'w4g32', "
@@ -145,7 +147,7 @@ class QuantScheme:
         for module in model.modules():
             spec = getattr(getattr(module, "weight_quantizer", None), "spec", None)
             if spec is not None:
-                rows, columns = module.matrix_shape()
+                rows, columns = module.matrix_shape()  # type: ignore[operator]
                 bits, elements = bits + spec.storage_bits(rows, columns), elements + rows * columns
         if elements == 0:
             raise ValueError("effective_bits: the model holds no weight quantizer; call insert_quantizers first")
@@ -161,15 +163,21 @@ def _number(text: str | float) -> float:
 
 
 def _weight(bits: str, group: str | None) -> TensorSpec:
-    quantizer = "mean_abs" if bits in ("1", "2") else "minmax"
+    quantizer = "mean_abs" if float(bits) in (1, 2) else "minmax"
     size = None if group is None else int(group)
-    return TensorSpec(
-        bits=_number(bits), quantizer=quantizer, granularity="channel" if size is None else "group", group_size=size
-    )
+    return TensorSpec(bits=_number(bits), quantizer=quantizer, granularity="channel" if size is None else "group", group_size=size)
 
 
 def _input(bits: str | None) -> TensorSpec | None:
     return None if bits is None else TensorSpec(bits=_number(bits), granularity="token")
+
+
+def _check_parts(owner: Any) -> None:
+    allowed = (None, "inherit") if isinstance(owner, Override) else (None,)
+    for name, kind in (("weight", TensorSpec), ("input", TensorSpec), ("kv", KVSpec)):
+        part = getattr(owner, name)
+        if not isinstance(part, kind) and part not in allowed:
+            raise ValueError(f"{type(owner).__name__}.{name}: got {part!r}, expected a {kind.__name__} or one of {allowed}")
 
 
 def _drop_off_parts(owner: Any) -> None:
@@ -200,7 +208,7 @@ def scheme_from_dict(data: Mapping[str, Any]) -> QuantScheme:
 
 
 def _build(kind: type, where: str, value: Any) -> Any:
-    if value is None or isinstance(value, str | kind):
+    if not isinstance(value, Mapping):
         return value
     known = [field.name for field in dataclasses.fields(kind)]
     for key in value:

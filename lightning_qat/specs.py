@@ -41,8 +41,13 @@ class Options(dict[str, Any]):
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
-    def __setitem__(self, key: str, value: Any) -> None:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Options, (dict(self),)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("options of a TensorSpec cannot change; build a new spec with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,7 @@ class TensorSpec:
                 f"TensorSpec.group_size: got {self.group_size!r} with granularity={self.granularity!r}; a group size is "
                 "needed by granularity='group' and allowed nowhere else"
             )
-        if self.group_size is not None and self.group_size < 1:
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"TensorSpec.group_size: got {self.group_size}, allowed are positive integers")
         if self.range_finder != "absmax":
             raise ValueError(f"TensorSpec.range_finder: {self.range_finder!r} is not implemented yet; use 'absmax'")

@@ -1,6 +1,8 @@
 """Tiny random models for the tests: hidden size 32, two layers, the same weights on every call."""
 
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
@@ -13,6 +15,7 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -164,6 +167,21 @@ LANGUAGE_MODELS = {
     "mixtral": mixtral,
     "qwen3-moe": qwen3_moe,
 }
+
+
+def character_tokenizer():
+    """One token a printable ASCII character, that is one byte; with padding (0) and BOS (1) these are the ids of the models above."""
+    vocabulary = {"<pad>": 0, "<s>": 1} | {chr(code): code - 30 for code in range(32, 127)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<pad>"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>")
+
+
+def save_causal_lm(model, folder):
+    """The model and its tokenizer where a teacher is expected by path."""
+    model.save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def token_ids(rows=2, length=10, seed=0):

@@ -268,7 +268,7 @@ def test_v15_one_bit() -> None:
     ref = reference.binary(w)
     close(ref, [[0.4, -0.4, 0.4, -0.4], [0.7, -0.7, 0, 0.7]])
     ours = fake_quantize(w, spec(1, quantizer="mean_abs"))
-    assert torch.equal(ours[w != 0], ref[w != 0])
+    close(ours[w != 0], ref[w != 0], rtol=5e-7)
     close(ours[1, 2], 0.7)  # a weight of exactly 0 takes +m: a third level would not fit into one bit
     assert gradient(W, spec(1, quantizer="mean_abs")) == torch.ones(2, 4).tolist()
 
@@ -276,10 +276,11 @@ def test_v15_one_bit() -> None:
 def test_v15_two_bits() -> None:
     w = torch.tensor(W)
     close(reference.few_levels(w), [[0.6, -0.2, 0.2, -0.6], [1.05, -0.35, 0.35, 0.35]])
-    assert torch.equal(fake_quantize(w, spec(2, quantizer="mean_abs")), reference.few_levels(w))
-    many = torch.randn(500, 24)
-    assert torch.equal(fake_quantize(many, spec(2, quantizer="mean_abs")), reference.few_levels(many))
-    assert torch.equal(fake_quantize(many, spec(1, quantizer="mean_abs")), reference.binary(many))
+    many = torch.cat([w.tile(1, 6), torch.randn(500, 24)])
+    # Levels are the same; the mean may differ in its last bit, by the order of its sum.
+    close(fake_quantize(many, spec(2, quantizer="mean_abs")), reference.few_levels(many), rtol=5e-7)
+    nonzero = many != 0
+    close(fake_quantize(many, spec(1, quantizer="mean_abs"))[nonzero], reference.binary(many)[nonzero], rtol=5e-7)
     assert gradient(W, spec(2, quantizer="mean_abs")) == torch.ones(2, 4).tolist()
 
 

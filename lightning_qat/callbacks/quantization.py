@@ -125,8 +125,8 @@ class QuantizationCallback(Callback):
             missed = self._probe.missed()
             if missed:
                 raise MisconfigurationException(
-                    f"{len(missed)} quantized layers were not called by the first batch, the first are {missed[:3]}; the model bypasses them. "
-                    "Exclude them from the scheme, or call the layers instead of reading their weights"
+                    f"{len(missed)} quantized layers were not called by the first batch, the first are {missed[:3]}; "
+                    "the model bypasses them. Exclude them from the scheme, or call the layers instead of reading their weights"
                 )
 
     @override

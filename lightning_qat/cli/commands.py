@@ -10,6 +10,7 @@ import jsonargparse
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from lightning_qat.cli.demo import demo
 from lightning_qat.cli.errors import CommandParser, brief
@@ -20,7 +21,7 @@ from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_
 from lightning_qat.formats import export as export_model
 from lightning_qat.formats import load_quantized
 from lightning_qat.generation import load_causal_lm, load_tokenizer
-from lightning_qat.modules import insert_quantizers
+from lightning_qat.modules import cached_weights, insert_quantizers
 
 
 def generate(
@@ -73,7 +74,15 @@ def quantize(model: str, scheme: str, out: str, allow_partial: bool = False) -> 
     print(f"written to {export_model(network, out)}")
 
 
-def evaluate(model: str, text: str = HELD_OUT, scheme: str | None = None, context: int = 512, batch_size: int = 16, out: str | None = None) -> None:
+def evaluate(
+    model: str,
+    text: str = HELD_OUT,
+    scheme: str | None = None,
+    context: int = 512,
+    batch_size: int = 16,
+    out: str | None = None,
+    prompt: str | None = None,
+) -> None:
     """Perplexity and bits per byte of a model, an export or a training checkpoint on real text.
 
     Args:
@@ -83,6 +92,7 @@ def evaluate(model: str, text: str = HELD_OUT, scheme: str | None = None, contex
         context: Tokens per window; each token is scored once.
         batch_size: Windows per forward pass; does not change the result.
         out: JSON file to write the figures to.
+        prompt: Text to continue greedily, as a sample to read.
     """
     network, tokenizer = _load_any(model)
     if scheme is not None:
@@ -93,9 +103,20 @@ def evaluate(model: str, text: str = HELD_OUT, scheme: str | None = None, contex
     figures = {"model": model, "scheme": scheme, "text": text, "context": context, **vars(score)}
     table = Table("model", "scheme", "perplexity", "bits per byte", "tokens")
     table.add_row(model, scheme or "as it is", f"{score.perplexity:.4f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if prompt is not None:
+        figures["continuation"] = _continue(network, tokenizer, prompt)
+        console.print(figures["continuation"], markup=False, highlight=False)
     if out is not None:
         Path(out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _continue(network: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> str:
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with cached_weights(network):
+        out = network.generate(ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 def export(checkpoint: str, out: str, format: str = "native") -> None:
@@ -136,10 +157,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def run(command: str, args: Sequence[str]) -> int:
     """Run one command; a user's mistake becomes one line and exit status 2."""
+    transformers_logging.disable_progress_bar()
     try:
         if command in COMMANDS:
-            options = {"as_positional": False, "parser_class": CommandParser, "prog": f"lightning-qat {command}"}
-            jsonargparse.auto_cli(COMMANDS[command], args=list(args), **options)
+            prog = f"lightning-qat {command}"
+            jsonargparse.auto_cli(COMMANDS[command], args=list(args), as_positional=False, parser_class=CommandParser, prog=prog)
         else:
             run_trainer_command([command, *args])
     except (ValueError, MisconfigurationException) as error:

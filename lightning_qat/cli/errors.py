@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import re
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jsonargparse
 from lightning.pytorch.cli import LightningArgumentParser
@@ -36,12 +36,9 @@ class _BriefErrors:
         raise ValueError(brief(message)) from None
 
 
-class CommandParser(_BriefErrors, jsonargparse.ArgumentParser):  # type: ignore[misc]
+class CommandParser(_BriefErrors, jsonargparse.ArgumentParser):
     """Parser of the commands that are functions."""
 
 
-class TrainerParser(_BriefErrors, LightningArgumentParser):  # type: ignore[misc]
+class TrainerParser(_BriefErrors, LightningArgumentParser):
     """Parser of the commands of the Trainer."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)

@@ -20,8 +20,9 @@ class QATCli(LightningCLI):
     ``auto_configure_optimizers`` is off: an optimizer built before quantizers are inserted would not hold their parameters.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: bool = True) -> None:
         super().__init__(
+            run=run,
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
             subclass_mode_model=True,
@@ -44,7 +45,12 @@ class QATCli(LightningCLI):
         parser.link_arguments("model.init_args.teacher", "data.init_args.teacher")
 
 
-def run_trainer_command(args: Sequence[str]) -> QATCli:
-    """Run ``fit``, ``validate``, ``test`` or ``predict`` as if its arguments came from the command line."""
-    with mock.patch.object(sys, "argv", ["lightning-qat", *args]):
-        return QATCli()
+def run_trainer_command(args: Sequence[str], run: bool = True) -> QATCli:
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` as if its arguments came from the command line.
+
+    Args:
+        args: The command and its options.
+        run: With False, only build the model, data and trainer.
+    """
+    with mock.patch.object(sys, "argv", ["lightning-qat", *(args if run else args[1:])]):
+        return QATCli(run)

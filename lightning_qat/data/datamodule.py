@@ -67,7 +67,7 @@ class SyntheticDataModule(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.settings = GenerationSettings(max_length=max_length, seed=seed, greedy_tokens=tuple(greedy_tokens), rows=rows)
+        self.settings = GenerationSettings(max_length=max_length, seed=seed, greedy_tokens=greedy_tokens, rows=rows)
         self.val_samples = min(64, num_samples // 20) if val_samples is None else val_samples
         if num_samples < 1 or not 0 <= self.val_samples < num_samples:
             raise ValueError(f"num_samples: got {num_samples} with val_samples={self.val_samples}; at least one must be left for training")

@@ -51,7 +51,8 @@ class GenerationStore:
             present = json.loads(index.read_text("utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"store: {str(index)!r} is damaged ({error}); delete the folder or choose another one") from error
-        changed = [f"{key}: {present.get(key)!r} there, {value!r} here" for key, value in self.settings.items() if present.get(key) != value]
+        wanted = self.settings.items()
+        changed = [f"{key}: {present.get(key)!r} there, {value!r} here" for key, value in wanted if present.get(key) != value]
         if changed:
             raise ValueError(
                 f"store: {str(self.folder)!r} holds samples of other settings ({'; '.join(changed)}); choose another folder for `store`"

@@ -122,7 +122,7 @@ class DistillationModule(pl.LightningModule):
         """Generated samples against the teacher; real text on its own."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         logits = self(ids, mask)
-        options = {"batch_size": len(ids), "add_dataloader_idx": False}
+        options: dict[str, Any] = {"batch_size": len(ids), "add_dataloader_idx": False}
         if batch.get("source") == "text":
             self.ppl_text.update(logits, ids, mask)
             self.log("val/ppl_text", self.ppl_text, prog_bar=True, **options)
@@ -144,7 +144,7 @@ class DistillationModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}}
 
     @override
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Everything but the teacher."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "") + "teacher."

@@ -67,7 +67,11 @@ def pad_batch(windows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def score_text(
-    model: Any, windows: Sequence[Tensor], batch_size: int = 16, text_bytes: int | None = None, progress: Callable[[int], None] | None = None
+    model: Any,
+    windows: Sequence[Tensor],
+    batch_size: int = 16,
+    text_bytes: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> TextScore:
     """Score windows of tokens with a causal language model.
 

@@ -75,7 +75,7 @@ def _packed_layers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
         if quantizer is None:
             continue
         if isinstance(quantizer, PackedWeight):
-            parts = {key: value for key, value in quantizer.named_buffers()}
+            parts = dict(quantizer.named_buffers())
             dtype = quantizer.dtype
         else:
             parts = pack_tensors(quantizer.codes(layer.to_matrix(layer.weight)), quantizer.spec)
@@ -94,7 +94,7 @@ def _other_tensors(model: nn.Module, packed: set[str]) -> tuple[dict[str, Tensor
     tied: dict[str, str] = {}
     places: dict[tuple[int, int], str] = {}
     for name, tensor in model.state_dict().items():
-        if name.startswith(inside) or name.removesuffix(".weight") in packed and name.endswith(".weight"):
+        if name.startswith(inside) or (name.endswith(".weight") and name.removesuffix(".weight") in packed):
             continue
         place = (tensor.data_ptr(), tensor.numel())
         if tensor.numel() and place in places:
@@ -167,7 +167,8 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> Any:
     for alias, name in manifest["tied"].items():
         tensors[alias] = tensors[name]
     result = model.load_state_dict(tensors, strict=False, assign=True)
-    missing = [key for key in result.missing_keys if ".weight_quantizer." not in key and key.removesuffix(".weight") not in manifest["layers"]]
+    packed = manifest["layers"]
+    missing = [key for key in result.missing_keys if ".weight_quantizer." not in key and key.removesuffix(".weight") not in packed]
     if missing or result.unexpected_keys:
         raise ValueError(f"model: missing in the export: {missing[:3]}; unknown to the model: {result.unexpected_keys[:3]}")
     if isinstance(model, PreTrainedModel) and manifest["tied"]:

@@ -37,7 +37,7 @@ def build_transformers_model(folder: Path, class_name: str) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"path: the manifest names the class {class_name!r}, which this version of transformers does not have")
     try:
-        config = cls.config_class.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"path: cannot read a configuration from {str(folder)!r}: {error}") from error
     with _parameters_on_meta():

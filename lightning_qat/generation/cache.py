@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
-class SlicedLayer(DynamicLayer):  # type: ignore[misc]
+class SlicedLayer(DynamicLayer):
     """One layer's keys and values, [batch, kv heads, tokens, head_dim].
 
     Args:
@@ -35,7 +35,7 @@ class SlicedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def sliced_cache(config: Any, max_length: int) -> DynamicCache:
-    """transformers' cache for this model with its growing layers replaced; sliding-window layers stay as they are."""
+    """The cache of transformers for this model with its growing layers replaced; sliding-window layers stay as they are."""
     cache = DynamicCache(config=config)
     cache.layers = [SlicedLayer(max_length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -40,7 +40,7 @@ class _QuantConv(QuantLayer, _ConvBase):
 
 
 @register_layer(nn.Conv1d)
-class QuantConv1d(_QuantConv, nn.Conv1d):  # type: ignore[misc]
+class QuantConv1d(_QuantConv, nn.Conv1d):
     """Quantized `nn.Conv1d`; input [batch, in, length]."""
 
 

@@ -36,9 +36,7 @@ class _Plan:
     left_alone: list[LeftAlone]
 
 
-def insert_quantizers(
-    model: nn.Module, scheme: str | QuantScheme, *, allow_partial: bool = False, final: bool = True
-) -> InsertionReport:
+def insert_quantizers(model: nn.Module, scheme: str | QuantScheme, *, allow_partial: bool = False, final: bool = True) -> InsertionReport:
     """Put fake quantizers into a model, in place.
 
     Layers change their class (`nn.Linear` becomes `QuantLinear`), so names, tied weights, hooks and references survive. Calling it again
@@ -147,9 +145,7 @@ def _plan_attention(plan: _Plan, matcher: Matcher, name: str, module: nn.Module)
 
 def _plan_layer(plan: _Plan, matcher: Matcher, name: str, module: nn.Module, elements: int) -> None:
     def leave(reason: str, on_purpose: bool) -> None:
-        plan.left_alone.append(
-            LeftAlone(name=name, type=type(module).__name__, reason=reason, elements=elements, on_purpose=on_purpose)
-        )
+        plan.left_alone.append(LeftAlone(name=name, type=type(module).__name__, reason=reason, elements=elements, on_purpose=on_purpose))
 
     weight, input = matcher.layer_specs(name, module)
     if (reason := matcher.excluded(name, module)) is not None:
@@ -207,31 +203,26 @@ def _check_specs(name: str, module: Any, cls: type[QuantLayer], weight: TensorSp
 
 def _report(plan: _Plan) -> InsertionReport:
     layers = [
-        QuantizedLayer(
-            name=name, type=type(module).__name__.removeprefix("Quant"), weight=weight, input=input, elements=_elements(module)
-        )
+        QuantizedLayer(name=name, type=type(module).__name__.removeprefix("Quant"), weight=weight, input=input, elements=_elements(module))
         for name, module, weight, input in plan.layers
     ]
     attention = [QuantizedAttention(name=name, type=type(module).__name__, kv=kv) for name, module, kv in plan.attention]
     inserted = sum(not isinstance(module, QuantLayer) for _, module, _, _ in plan.layers)
     inserted += sum(kv_of(module) is None for _, module, _ in plan.attention)
-    return InsertionReport(
-        layers=tuple(layers), attention=tuple(attention), left_alone=tuple(plan.left_alone), inserted=inserted
-    )
+    return InsertionReport(layers=tuple(layers), attention=tuple(attention), left_alone=tuple(plan.left_alone), inserted=inserted)
 
 
 def _elements(module: nn.Module) -> int:
     if isinstance(module, QuantLayer):
         rows, columns = module.matrix_shape()
         return rows * columns
-    return module.weight.numel()  # type: ignore[union-attr, operator]
+    return module.weight.numel()  # type: ignore[operator]
 
 
 def _check_coverage(report: InsertionReport, scheme: QuantScheme) -> None:
     if scheme.kv is not None and not report.attention:
         raise ValueError(
-            "QuantScheme.kv: no attention module below the quantization root goes through transformers' AttentionInterface; "
-            "leave kv out"
+            "QuantScheme.kv: no attention module below the quantization root goes through transformers' AttentionInterface; leave kv out"
         )
     parts = [scheme.weight, scheme.input, *(part for o in scheme.overrides for part in (o.weight, o.input))]
     if any(isinstance(part, TensorSpec) for part in parts) and not report.layers:

@@ -36,9 +36,7 @@ def cannot_quantize(module: nn.Module, spec: KVSpec) -> str | None:
     kind = type(module).__name__
     missing = [name for name in ("k_proj", "v_proj") if not isinstance(getattr(module, name, None), nn.Module)]
     if missing:
-        return (
-            f"kv.position: 'pre_rope' needs separate k_proj and v_proj, {kind} has no {' and no '.join(missing)}; use 'post_rope'"
-        )
+        return f"kv.position: 'pre_rope' needs separate k_proj and v_proj, {kind} has no {' and no '.join(missing)}; use 'post_rope'"
     other_norms = [name for name, _ in module.named_children() if name.startswith(("k_", "key_")) and "norm" in name and name != "k_norm"]
     if other_norms:
         return f"kv.position: 'pre_rope' is not defined for the {other_norms[0]} of {kind}; use 'post_rope'"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.numerics.grid import Grid, QuantizedTensor, as_blocks, decode, encode
+from lightning_qat.numerics.grid import Grid, QuantizedTensor, as_blocks, cast, decode, encode
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -19,14 +19,14 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, block: tuple[int | None, bool], clip: float | None
     ) -> Tensor:
-        ctx.save_for_backward(None if clip is None else x.abs() < clip)
+        ctx.save_for_backward(None if clip is None else x.abs() >= clip)
         blocks = as_blocks(x, *block)
-        return decode(encode(blocks, scale, zero_point, grid), scale, zero_point, grid).to(x.dtype).reshape(x.shape)
+        return cast(decode(encode(blocks, scale, zero_point, grid), scale, zero_point, grid), x.dtype).reshape(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (mask,) = ctx.saved_tensors
-        return grads[0] if mask is None else grads[0] * mask, None, None, None, None, None
+        return grads[0] if mask is None else grads[0].masked_fill(mask, 0), None, None, None, None, None
 
 
 def fake_quantize_with(
@@ -52,7 +52,7 @@ def fake_quantize_with(
     Returns:
         Values on the grid, shape and dtype of `x`.
     """
-    return _FakeQuantize.apply(x, scale, zero_point, grid, (group_size, whole), clip)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(x, scale, zero_point, grid, (group_size, whole), clip)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -69,7 +69,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def straight_through(x: Tensor, values: Tensor) -> Tensor:
     """`values` with the gradient of `x` (identity estimator)."""
-    return _StraightThrough.apply(x, values)  # type: ignore[no-any-return]
+    return _StraightThrough.apply(x, values)
 
 
 def quantize_with(

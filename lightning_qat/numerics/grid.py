@@ -62,7 +62,7 @@ class QuantizedTensor:
         """The values of the codes, in `dtype`; by definition what fake quantization returns."""
         blocks = as_blocks(self.codes, self.group_size, whole=self.scale.numel() == 1)
         zero_point = None if self.zero_point is None else self.zero_point.unsqueeze(-1)
-        return decode(blocks, self.scale.unsqueeze(-1), zero_point, self.grid).to(self.dtype).reshape(self.codes.shape)
+        return cast(decode(blocks, self.scale.unsqueeze(-1), zero_point, self.grid), self.dtype).reshape(self.codes.shape)
 
 
 def as_blocks(x: Tensor, group_size: int | None, whole: bool = False) -> Tensor:
@@ -106,3 +106,9 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) 
     if grid.offset:
         values = values + grid.offset
     return values * scale
+
+
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in `dtype`; the end of a grid may lie beyond the largest float, which then stands for it."""
+    limit = torch.finfo(dtype).max
+    return values.clamp(-limit, limit).to(dtype)

@@ -27,9 +27,10 @@ def pack(codes: Tensor, bits: int, qmin: int) -> Tensor:
         ValueError: A code does not fit.
     """
     rows, columns = codes.shape
-    unsigned = codes.to(torch.int16) - qmin
+    unsigned = codes.to(torch.int64) - qmin
     if codes.numel() and (int(unsigned.min()) < 0 or int(unsigned.max()) >= 2**bits):
         raise ValueError(f"pack: codes lie outside [{qmin}, {qmin + 2**bits - 1}], the range of {bits} bits from {qmin}")
+    unsigned = unsigned.to(torch.int16)
     shifts = torch.arange(bits, device=codes.device)
     stream = ((unsigned.unsqueeze(-1) >> shifts) & 1).to(torch.uint8).reshape(rows, columns * bits)
     stream = torch.nn.functional.pad(stream, (0, -(columns * bits) % 8)).reshape(rows, packed_columns(columns, bits), 8)

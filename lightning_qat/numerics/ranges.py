@@ -36,16 +36,23 @@ def guard_finite(magnitude: Tensor) -> Tensor:
     return torch.where(magnitude.isfinite(), magnitude.clamp(max=limit), torch.full_like(magnitude, torch.nan))
 
 
+def floor_scale(scale: Tensor) -> Tensor:
+    """A finite scale whose reciprocal is finite too; 0 stays 0."""
+    info = torch.finfo(scale.dtype)
+    return torch.where(scale > 0, scale.clamp(info.tiny, info.max), scale)
+
+
 def absmax_scale(blocks: Tensor, divisor: float) -> Tensor:
     """max|x| of each block over `divisor`, shape [..., n] -> [..., 1]."""
-    return guard_finite(blocks.abs().amax(-1, keepdim=True).to(compute_dtype(blocks))) / divisor
+    dtype = compute_dtype(blocks)
+    return floor_scale(guard_finite(blocks.abs().amax(-1, keepdim=True).to(dtype)) / divisor)
 
 
 def minmax_scale(blocks: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """(scale, lo) of each block with 0 inside its range, shapes [..., 1]."""
-    low, high = blocks.aminmax(dim=-1, keepdim=True)
     dtype = compute_dtype(blocks)
+    low, high = blocks.aminmax(dim=-1, keepdim=True)
     low, high = low.to(dtype).clamp(max=0), high.to(dtype).clamp(min=0)
     # Halving first keeps hi - lo finite for ranges near the largest float.
-    scale = guard_finite(high / 2 - low / 2) / (steps / 2)
+    scale = floor_scale(guard_finite(high / 2 - low / 2) / (steps / 2))
     return scale, low

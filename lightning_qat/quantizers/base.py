@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qat.numerics.fake_quantize import fake_quantize_with, quantize_with
 from lightning_qat.numerics.grid import Grid, QuantizedTensor, as_blocks
+from lightning_qat.numerics.ranges import compute_dtype
 from lightning_qat.registry import Registry, did_you_mean
 from lightning_qat.specs import TensorSpec
 
@@ -38,7 +39,7 @@ class Quantizer(nn.Module, ABC):
     @classmethod
     def _read_options(cls, spec: TensorSpec) -> Any:
         given = dict(spec.options or {})
-        known = [] if cls.Options is None else [field.name for field in dataclasses.fields(cls.Options)]
+        known = [] if cls.Options is None else list(getattr(cls.Options, "__dataclass_fields__"))  # noqa: B009  dataclasses.fields does not trace
         for key in given:
             if key not in known:
                 raise ValueError(f"TensorSpec.options of quantizer {spec.quantizer!r}: unknown key {key!r}, {did_you_mean(key, known)}")
@@ -84,7 +85,11 @@ class Quantizer(nn.Module, ABC):
         """
         with torch.no_grad():
             blocks, group_size, whole = self._blocking(x)
-            scale, zero_point = self.scale_and_zero_point(blocks)
+            if x.numel() == 0:
+                scale = blocks.new_zeros((*blocks.shape[:-1], 1), dtype=compute_dtype(x))
+                zero_point = None if self.spec.symmetric else scale
+            else:
+                scale, zero_point = self.scale_and_zero_point(blocks)
             return quantize_with(x, scale, zero_point, self.grid, group_size, whole)
 
     def extra_repr(self) -> str:

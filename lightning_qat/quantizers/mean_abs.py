@@ -7,10 +7,11 @@ Both are a grid with offset 1/2. Departure: the reference's sign(0) = 0 is a thi
 one bit is enough. A block of zeros stays zero.
 """
 
+import torch
 from torch import Tensor
 
 from lightning_qat.numerics.grid import Grid
-from lightning_qat.numerics.ranges import compute_dtype, guard_finite, round_scale
+from lightning_qat.numerics.ranges import compute_dtype, floor_scale, guard_finite, round_scale
 from lightning_qat.quantizers.base import Quantizer, quantizers
 from lightning_qat.specs import TensorSpec
 
@@ -25,12 +26,15 @@ class MeanAbsQuantizer(Quantizer):
         bits = spec.code_bits
         if bits not in (1, 2):
             raise ValueError(f"TensorSpec.bits: got {bits} with quantizer 'mean_abs', allowed are 1 and 2; use 'minmax'")
+        if spec.divisor != "qmax":
+            raise ValueError("TensorSpec.divisor: got 'half_range' with quantizer 'mean_abs', which divides by nothing; use 'qmax'")
         if not spec.symmetric:
             raise ValueError("TensorSpec.symmetric: got False with quantizer 'mean_abs', whose levels are symmetric; use True")
         return Grid(qmin=-bits, qmax=bits - 1, offset=0.5, round_via=spec.round_via)
 
     def scale_and_zero_point(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
         """One step is m at two bits and 2m at one bit."""
-        mean = guard_finite(blocks.to(compute_dtype(blocks)).abs().mean(-1, keepdim=True))
-        step = mean * 2 if self.spec.code_bits == 1 else mean
+        dtype = compute_dtype(blocks)
+        mean = guard_finite(blocks.abs().mean(-1, keepdim=True, dtype=torch.float64).to(dtype))
+        step = floor_scale(mean * 2 if self.spec.code_bits == 1 else mean)
         return round_scale(step, self.spec.scale_dtype), None

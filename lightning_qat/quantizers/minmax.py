@@ -48,6 +48,8 @@ class MinMaxQuantizer(Quantizer):
         bits = spec.code_bits
         if spec.symmetric and bits == 1:
             raise ValueError("TensorSpec.bits: got 1 with quantizer 'minmax', whose only 1-bit level would be 0; use 'mean_abs'")
+        if not spec.symmetric and spec.divisor != "qmax":
+            raise ValueError("TensorSpec.divisor: got 'half_range' with symmetric=False, whose range is divided by 2^bits - 1; use 'qmax'")
         if not spec.symmetric:
             return Grid(qmin=0, qmax=2**bits - 1, round_via=spec.round_via)
         half = 2 ** (bits - 1)

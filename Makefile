@@ -1,0 +1,51 @@
+# The two commands a newcomer needs are `make demo` and `make test`; each sets up what it needs.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+DOCS_STAMP := $(VENV)/docs-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all check bench docs clean
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(STAMP) ## create .venv with the tested versions
+
+# torch comes first and by its exact version: an unpinned torch would pull gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt "$$(grep -E '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP) ## data-free 4-bit and 2-bit training of the bundled teacher (about 8 minutes on 2 cores)
+	$(BIN)/lightning-qat demo
+
+test: $(STAMP) ## the default tests (about 6 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(STAMP) ## every test, the slow ones too
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## ruff, mypy, import contracts, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+bench: $(STAMP) ## LLM-QAT against the reference's recipe, three seeds (about 40 minutes on 2 cores)
+	$(BIN)/python benchmarks/reference_recipe.py
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP) ## build the documentation, warnings are errors
+	$(BIN)/mkdocs build --strict -q
+
+clean: ## remove what was built, keep runs/
+	rm -rf $(VENV) site *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache

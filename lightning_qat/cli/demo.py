@@ -1,3 +1,0 @@
-"""placeholder"""
-def demo() -> None:
-    """Demo."""

@@ -1,0 +1,182 @@
+"""`lightning-qat demo`: generate, insert, distil, evaluate, export, reload in a new process, report."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import lightning_qat
+from lightning_qat.cli.demo.plots import plot_loss, plot_perplexity
+from lightning_qat.cli.fit import run_trainer_command
+from lightning_qat.data import SyntheticDataModule
+from lightning_qat.evaluation import HELD_OUT, TextScore, read_documents, score_text, text_windows
+from lightning_qat.formats import export
+from lightning_qat.generation import TINY_TEACHER, load_causal_lm, load_tokenizer
+from lightning_qat.modules import insert_quantizers, scheme_of
+
+SCHEMES = ("w4a8kv4", "w2a8kv4")
+CONTEXT = 512  # tokens per evaluation window: the bundled teacher's positions
+PROMPT = "def read_lines(path):\n"
+
+
+class Stopwatch:
+    """Seconds spent per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {"generate": 0.0, "train": 0.0, "evaluate": 0.0}
+        self._start = time.monotonic()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        start = time.monotonic()
+        yield
+        self.seconds[stage] += time.monotonic() - start
+
+    def rounded(self) -> dict[str, float]:
+        """All stages and the total."""
+        total = time.monotonic() - self._start
+        return {name: round(seconds, 1) for name, seconds in {**self.seconds, "total": total}.items()}
+
+
+def demo(out: str = "runs/demo", seed: int = 0, schemes: tuple[str, ...] = SCHEMES, fit_args: tuple[str, ...] = ()) -> None:
+    """Train the bundled teacher's low-bit students without data, evaluate, save and reload them.
+
+    Args:
+        out: Folder for the YAML, checkpoints, exports, plots and results.json; a second run generates nothing anew.
+        seed: Seed of generation and training.
+        schemes: One row of the table each.
+        fit_args: More arguments of `lightning-qat fit`, for example --trainer.max_steps=20.
+    """
+    folder, console, watch = Path(out), Console(), Stopwatch()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the demo says itself what happens
+    config = _write_config(folder)
+    # What `fit` is told besides the YAML: where this run lives, and its seed.
+    base = ["fit", "--config", str(config), f"--seed_everything={seed}", f"--data.init_args.seed={seed}", *fit_args]
+    console.rule("1. The teacher writes the data")
+    with watch("generate"):
+        data = run_trainer_command([*base, "--trainer.logger=false"], run=False).datamodule
+        data.setup("fit")
+    samples = [dataset[i]["input_ids"] for dataset in (data.train_dataset, data.val_dataset) for i in range(len(dataset))]
+    tokenizer = load_tokenizer(TINY_TEACHER)
+    console.print(tokenizer.decode(samples[0][:80]), markup=False, highlight=False, style="dim")
+
+    documents = read_documents(HELD_OUT)
+    windows = text_windows(tokenizer, documents, CONTEXT)
+    text_bytes = sum(len(document.encode()) for document in documents)
+    with watch("evaluate"):
+        full = score_text(load_causal_lm(TINY_TEACHER), windows, text_bytes=text_bytes)
+    rows = [_row(scheme, folder, base, windows, full, watch, console) for scheme in schemes]
+    results = {
+        "seed": seed,
+        "teacher": {
+            "name": TINY_TEACHER,
+            "parameters": sum(p.numel() for p in load_causal_lm(TINY_TEACHER).parameters()),
+            "bits_per_byte": full.bits_per_byte,
+        },
+        "runs": rows,
+        "generated_tokens": sum(len(sample) for sample in samples),
+        "seconds": watch.rounded(),
+        "versions": {"lightning_qat": lightning_qat.__version__, **{n: version(n) for n in ("torch", "lightning", "transformers")}},
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot_perplexity(rows, folder / "perplexity.png")
+    _show(results, folder, console)
+
+
+def _write_config(folder: Path) -> Path:
+    """A copy of the YAML with its paths below `folder`."""
+    template = (Path(__file__).parent / "llm_qat.yaml").read_text("utf-8")
+    path = folder / "llm_qat.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(template.replace("runs/demo", str(folder)), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"out: cannot write to {str(folder)!r}: {error}") from error
+    return path
+
+
+def _row(
+    scheme: str, folder: Path, base: list[str], windows: list[torch.Tensor], full: TextScore, watch: Stopwatch, console: Console
+) -> dict[str, Any]:
+    console.rule(f"2. {scheme}: insert quantizers, distil, evaluate")
+    with watch("evaluate"):
+        rounded = load_causal_lm(TINY_TEACHER)
+        console.print(str(insert_quantizers(rounded, scheme)), highlight=False)
+        nearest = score_text(rounded, windows)
+    with watch("train"):
+        run = run_trainer_command([*base, "--quantization.scheme", scheme, f"--trainer.logger.init_args.version={scheme}"])
+    plot_loss(folder / "logs" / scheme / "metrics.csv", folder / f"loss-{scheme}.png", scheme)
+    student = run.model.student.float().eval()
+    with watch("evaluate"):
+        trained = score_text(student, windows)
+        saved = _export(student, folder / f"export-{scheme}")
+        reloaded, snippet = _in_a_new_process(saved, folder)
+    console.print(f"[bold]{scheme}[/] reloaded in a new process continues {PROMPT!r}:")
+    console.print(snippet, markup=False, highlight=False, style="dim")
+    scheme_used = scheme_of(student)
+    assert scheme_used is not None
+    return {
+        "scheme": scheme,
+        "perplexity": {
+            "full_precision": full.perplexity,
+            "round_to_nearest": nearest.perplexity,
+            "llm_qat": trained.perplexity,
+            "reloaded": reloaded,
+        },
+        "recovered": (nearest.perplexity - trained.perplexity) / (nearest.perplexity - full.perplexity),
+        "training_tokens": _trained_tokens(run),
+        "effective_bits": scheme_used.effective_bits(student),
+    }
+
+
+def _trained_tokens(run: Any) -> int:
+    """Tokens in the batches of the finished run; all samples are equally long unless the teacher ended some early."""
+    data: SyntheticDataModule = run.datamodule
+    assert data.train_dataset is not None
+    samples = data.train_dataset
+    mean = sum(len(samples[i]["input_ids"]) for i in range(len(samples))) / len(samples)
+    return round(run.trainer.global_step * data.batch_size * mean)
+
+
+def _export(student: torch.nn.Module, target: Path) -> Path:
+    """Export beside an earlier run's result, then take its place: a failed export leaves the old one."""
+    fresh = target.with_name(target.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    export(student, fresh)
+    shutil.rmtree(target, ignore_errors=True)
+    return fresh.rename(target)
+
+
+def _in_a_new_process(saved: Path, folder: Path) -> tuple[float, str]:
+    """(perplexity, generated text) of the exported folder, from a process that knows nothing else."""
+    out = folder / "reloaded.json"
+    command = [sys.executable, "-m", "lightning_qat.cli", "evaluate", "--model", str(saved), "--out", str(out)]
+    done = subprocess.run([*command, "--context", str(CONTEXT), "--prompt", PROMPT], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the export could not be evaluated in a new process:\n{done.stderr}")
+    figures = json.loads(out.read_text("utf-8"))
+    out.unlink()
+    return figures["perplexity"], figures["continuation"]
+
+
+def _show(results: dict[str, Any], folder: Path, console: Console) -> None:
+    names = ("scheme", "full precision", "round to nearest", "LLM-QAT", "reloaded", "recovered", "bits/weight")
+    table = Table(*names, title="held-out perplexity")
+    for row in results["runs"]:
+        figures = [f"{value:.3f}" for value in row["perplexity"].values()]
+        table.add_row(row["scheme"], *figures, f"{row['recovered']:.0%}", f"{row['effective_bits']:.2f}")
+    console.print(table)
+    seconds = results["seconds"]
+    console.print(f"{results['generated_tokens']:,} generated tokens; seconds: {seconds}; everything is in {folder}", highlight=False)
