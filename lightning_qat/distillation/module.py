@@ -41,6 +41,8 @@ class DistillationModule(pl.LightningModule):
     """
 
     quantization_root = "student"
+    teacher: Any  # models of transformers, whose methods torch's types do not know
+    student: Any
 
     def __init__(
         self,
@@ -56,9 +58,9 @@ class DistillationModule(pl.LightningModule):
         # Only plain values: torch refuses to load callables and modules from a checkpoint.
         plain = {"teacher": teacher, "student": student, "gradient_checkpointing": gradient_checkpointing, "teacher_dtype": teacher_dtype}
         self.save_hyperparameters({k: v for k, v in plain.items() if v is None or isinstance(v, str | bool)})
-        self.teacher: Any = load_causal_lm(teacher, teacher_dtype) if isinstance(teacher, str) else teacher
+        self.teacher = load_causal_lm(teacher, teacher_dtype) if isinstance(teacher, str) else teacher
         self.teacher.requires_grad_(False).eval()
-        self.student: Any = self._build_student(teacher, student)
+        self.student = self._build_student(teacher, student)
         self._check_vocabularies()
         self.loss = SoftCrossEntropy() if loss is None else loss
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler

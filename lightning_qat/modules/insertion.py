@@ -4,7 +4,7 @@ Everything is planned and checked before the first layer changes, so a refused i
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -63,8 +63,8 @@ def insert_quantizers(model: nn.Module, scheme: str | QuantScheme, *, allow_part
         _check_coverage(report, scheme)
     for _, module, weight, input in plan.layers:
         if not isinstance(module, QuantLayer):
-            module.__class__ = LAYERS[type(module)]  # type: ignore[assignment]
-            module.attach(weight, input)  # type: ignore[operator]
+            module.__class__ = LAYERS[type(module)]
+            cast(QuantLayer, module).attach(weight, input)
     for _, module, kv in plan.attention:
         if kv_of(module) is None:
             attach_kv(module, kv)

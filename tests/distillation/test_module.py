@@ -278,8 +278,13 @@ def test_a_model_that_cannot_be_loaded_is_refused(role, tmp_path):
 
 
 def test_what_is_no_language_model_is_refused():
-    with pytest.raises(ValueError, match="teacher.*causal language model"):
+    with pytest.raises(ValueError, match=r"teacher.*causal language model"):
         DistillationModule(mlp())
+
+
+def test_an_unknown_dtype_is_refused(teacher_folder):
+    with pytest.raises(ValueError, match=r"dtype: got 'float31'"):
+        DistillationModule(teacher_folder, teacher_dtype="float31")
 
 
 def test_the_whole_of_llm_qat_from_a_folder(teacher_folder, tmp_path):

@@ -19,6 +19,16 @@ from lightning_qat.scheme import Override
 ASYMMETRIC = QuantScheme(weight=TensorSpec(bits=3, granularity="group", group_size=16, symmetric=False))
 EVERYTHING = QuantScheme(weight=TensorSpec(bits=5), input=TensorSpec(bits=8, granularity="token"), exclude=())
 MIXED = QuantScheme(weight=TensorSpec(bits=4), overrides=(Override(names=("down_proj",), weight=TensorSpec(bits=8)),))
+
+
+def bf16_llama():
+    """As transformers loads it: weights in bf16, rotary frequencies in fp32."""
+    model = llama()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
 CASES = {
     "w4a8kv4": (llama, "w4a8kv4"),
     "w2a8kv4": (llama, "w2a8kv4"),
@@ -35,7 +45,7 @@ CASES = {
     "tied": (tied_llama, "w4a8kv4"),
     "tied-all-layers": (tied_llama, EVERYTHING),
     "all-layers": (llama, EVERYTHING),
-    "bf16-model": (lambda: llama().bfloat16(), "w4a8kv4"),
+    "bf16-model": (bf16_llama, "w4a8kv4"),
     "gpt2": (gpt2, "w4a8kv4"),
     "opt": (opt, "w4a8"),
     "qwen3": (qwen3, "w4a8kv4"),
