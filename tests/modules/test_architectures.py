@@ -1,14 +1,28 @@
 """What works for which architecture: one table, every cell a test of the feature or of its refusal by name."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from models import LANGUAGE_MODELS, inputs_of, logits_of, token_ids, vit
 
-from lightning_qat import KVSpec, QuantScheme, TensorSpec, insert_quantizers, named_quantizers, remove_quantizers
+from lightning_qat import (
+    DistillationModule,
+    KVSpec,
+    QuantScheme,
+    TensorSpec,
+    export,
+    insert_quantizers,
+    load_quantized,
+    named_quantizers,
+    remove_quantizers,
+)
+from lightning_qat.generation import GenerationSettings, generate_rows, start_tokens
 from lightning_qat.modules import QuantLayer
 
 BUILDERS = LANGUAGE_MODELS | {"vit": vit}
-CELLS = ("insert", "kv post_rope", "kv pre_rope", "forward", "generate", "backward", "remove")
+CELLS = ("insert", "kv post_rope", "kv pre_rope", "forward", "generate", "synthesize", "distil", "save", "remove")
 
 YES = "yes"
 NOT_APPLICABLE = "-"
@@ -20,7 +34,7 @@ NO_SPLIT = "kv.position: 'pre_rope' needs separate k_proj and v_proj, GPT2Attent
 SUPPORT = {name: dict.fromkeys(CELLS, YES) for name in BUILDERS}
 SUPPORT["mixtral"]["insert"] = SUPPORT["qwen3-moe"]["insert"] = NO_EXPERTS
 SUPPORT["gpt2"]["kv pre_rope"] = NO_SPLIT
-SUPPORT["vit"]["generate"] = NOT_APPLICABLE
+SUPPORT["vit"] |= dict.fromkeys(("generate", "synthesize", "distil"), NOT_APPLICABLE)
 
 POST_ROPE = QuantScheme(kv=KVSpec(bits=4))
 PRE_ROPE = QuantScheme(kv=KVSpec(bits=4, position="pre_rope", granularity="token"))
@@ -81,12 +95,33 @@ def check_generate(architecture):
     assert torch.equal(out[:, :5], ids)
 
 
-def check_backward(architecture):
-    model = quantized(architecture).train()
-    model(**inputs_of(model)).logits.logsumexp(-1).square().mean().backward()
+def check_synthesize(architecture):
+    """The teacher writes samples: what they are is tested with the engine."""
+    model = BUILDERS[architecture]()
+    tokens, lengths = generate_rows(model, GenerationSettings(max_length=8, rows=3), 0, start_tokens(model, None))
+    assert tokens.shape == (3, 8)
+    assert 2 <= int(lengths.min())
+
+
+def check_distil(architecture):
+    """A distillation step reaches every quantized weight and none of the teacher's."""
+    teacher = BUILDERS[architecture]()
+    module = DistillationModule(teacher)
+    module.log = lambda *args, **kwargs: None
+    insert_quantizers(module.student, "w4a8kv4", allow_partial=True)
+    model, ids = module.student, token_ids()
+    module.training_step({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 0).backward()
+    assert all(p.grad is None for p in teacher.parameters())
     missing = [name for name, layer in layers_of(model).items() if layer.weight.grad is None or not layer.weight.grad.abs().sum() > 0]
     assert missing == []
     assert len(layers_of(model)) >= 8
+
+
+def check_save(architecture):
+    model = quantized(architecture, "w4a8kv4").eval()
+    wanted = logits_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        assert torch.equal(logits_of(load_quantized(export(model, Path(folder) / "export"))), wanted)
 
 
 def check_remove(architecture):
@@ -104,7 +139,9 @@ CHECKS = {
     "kv pre_rope": lambda architecture: check_kv(architecture, PRE_ROPE),
     "forward": check_forward,
     "generate": check_generate,
-    "backward": check_backward,
+    "synthesize": check_synthesize,
+    "distil": check_distil,
+    "save": check_save,
     "remove": check_remove,
 }
 TABLE = [
