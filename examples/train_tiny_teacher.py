@@ -3,7 +3,7 @@
     python examples/train_tiny_teacher.py --minutes 50        # about 50 minutes on 2 cores; CPU only, no downloads
 
 Writes weights (bf16 safetensors), tokenizer, config and model card to `lightning_qat/assets/tiny_teacher`, and the held-out text
-with its licence note to `lightning_qat/assets/held_out`. `--tied` trains the tied-embedding sibling for a few minutes instead.
+with its licence note to `lightning_qat/assets/held_out`.
 Needs the pinned Python, so that anybody gets the same text; see `stdlib_corpus.py` for what is in it and what is held out.
 """
 
@@ -87,7 +87,7 @@ class TinyTeacher(pl.LightningModule):
         return min((step + 1) / self.warmup, 1.0, max(left / 0.5, 0.0))
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        logits = self.model(input_ids=batch[:, :-1]).logits
+        logits = self.model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         for optimizer in self.optimizers():
             optimizer.zero_grad()
@@ -111,11 +111,11 @@ def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, m
     return nats / math.log(2) / len(module.text.encode())
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast, tied: bool) -> LlamaConfig:
+def build_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=192, intermediate_size=512, num_hidden_layers=2 if tied else 5,
+        vocab_size=VOCABULARY, hidden_size=192, intermediate_size=512, num_hidden_layers=5,
         num_attention_heads=6, num_key_value_heads=2, head_dim=32, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=tied, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, initializer_range=0.04,
     )  # fmt: skip
 
@@ -149,7 +149,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=50.0, help="training time; the schedule is fitted to it")
     parser.add_argument("--steps", type=int, default=None, help="train this many steps instead of --minutes")
     parser.add_argument("--tokens-per-second", type=float, default=7000.0, help="speed used to turn minutes into steps")
-    parser.add_argument("--tied", action="store_true")
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--resume", type=Path, default=None, help="a checkpoint of an interrupted run")
     args = parser.parse_args()
@@ -162,7 +161,7 @@ def main() -> None:
     tokenizer = train_tokenizer([m.text for m in train])
     steps = args.steps or int(args.minutes * 60 * args.tokens_per_second / (BATCH * CONTEXT))
     data = RandomCrops([encode(tokenizer, m.text) for m in train], size=steps * BATCH)
-    module = TinyTeacher(build_config(tokenizer, args.tied), total_steps=steps)
+    module = TinyTeacher(build_config(tokenizer), total_steps=steps)
     keep = ModelCheckpoint(dirpath=Path("runs") / "teacher", every_n_train_steps=400, save_last=True, save_top_k=0)
     trainer = pl.Trainer(
         max_steps=2 * steps,  # Lightning counts the steps of both optimizers
@@ -172,7 +171,7 @@ def main() -> None:
     trainer.fit(module, DataLoader(data, batch_size=BATCH), ckpt_path=args.resume)
 
     model = module.model.to(torch.bfloat16).eval()
-    folder = args.out / ("tiny_teacher_tied" if args.tied else "tiny_teacher")
+    folder = args.out / "tiny_teacher"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_held_out(held_out, args.out / "held_out")

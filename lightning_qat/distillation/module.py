@@ -65,7 +65,8 @@ class DistillationModule(pl.LightningModule):
         self.loss = SoftCrossEntropy() if loss is None else loss
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         if gradient_checkpointing:
-            self.student.gradient_checkpointing_enable()
+            # Newer transformers renamed the method and warn about the old name.
+            getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)()
         self.ppl_text, self.ppl_generated = TokenPerplexity(), TokenPerplexity()
         self.kl, self.top1 = MeanMetric(), MeanMetric()
 

@@ -23,7 +23,8 @@ from lightning_qat.data import SyntheticDataModule
 from lightning_qat.evaluation import HELD_OUT, TextScore, read_documents, score_text, text_windows
 from lightning_qat.formats import export
 from lightning_qat.generation import TINY_TEACHER, load_causal_lm, load_tokenizer
-from lightning_qat.modules import insert_quantizers, scheme_of
+from lightning_qat.modules import insert_quantizers
+from lightning_qat.scheme import QuantScheme
 
 SCHEMES = ("w4a8kv4", "w2a8kv4")
 CONTEXT = 512  # tokens per evaluation window: the bundled teacher's positions
@@ -50,95 +51,122 @@ class Stopwatch:
         return {name: round(seconds, 1) for name, seconds in {**self.seconds, "total": total}.items()}
 
 
-def demo(out: str = "runs/demo", seed: int = 0, schemes: tuple[str, ...] = SCHEMES, fit_args: tuple[str, ...] = ()) -> None:
+def demo(
+    out: str = "runs/demo", seed: int = 0, schemes: tuple[str, ...] = SCHEMES, text: str = HELD_OUT, fit_args: tuple[str, ...] = ()
+) -> None:
     """Train the bundled teacher's low-bit students without data, evaluate, save and reload them.
 
     Args:
         out: Folder for the YAML, checkpoints, exports, plots and results.json; a second run generates nothing anew.
         seed: Seed of generation and training.
         schemes: One row of the table each.
+        text: Text to evaluate on: a .txt or .jsonl file, or held-out for the bundled text.
         fit_args: More arguments of `lightning-qat fit`, for example --trainer.max_steps=20.
     """
-    folder, console, watch = Path(out), Console(), Stopwatch()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the demo says itself what happens
-    config = _write_config(folder)
-    # What `fit` is told besides the YAML: where this run lives, and its seed.
-    base = ["fit", "--config", str(config), f"--seed_everything={seed}", f"--data.init_args.seed={seed}", *fit_args]
-    console.rule("1. The teacher writes the data")
-    with watch("generate"):
-        data = run_trainer_command([*base, "--trainer.logger=false"], run=False).datamodule
-        data.setup("fit")
-    samples = [dataset[i]["input_ids"] for dataset in (data.train_dataset, data.val_dataset) for i in range(len(dataset))]
-    tokenizer = load_tokenizer(TINY_TEACHER)
-    console.print(tokenizer.decode(samples[0][:80]), markup=False, highlight=False, style="dim")
-
-    documents = read_documents(HELD_OUT)
-    windows = text_windows(tokenizer, documents, CONTEXT)
-    text_bytes = sum(len(document.encode()) for document in documents)
-    with watch("evaluate"):
-        full = score_text(load_causal_lm(TINY_TEACHER), windows, text_bytes=text_bytes)
-    rows = [_row(scheme, folder, base, windows, full, watch, console) for scheme in schemes]
+    run = Demo(Path(out), seed, text, fit_args)
+    tokens = run.generate()
+    run.score_teacher()
+    rows = [run.train(scheme) for scheme in schemes]
     results = {
         "seed": seed,
-        "teacher": {
-            "name": TINY_TEACHER,
-            "parameters": sum(p.numel() for p in load_causal_lm(TINY_TEACHER).parameters()),
-            "bits_per_byte": full.bits_per_byte,
-        },
+        "teacher": run.teacher,
         "runs": rows,
-        "generated_tokens": sum(len(sample) for sample in samples),
-        "seconds": watch.rounded(),
+        "generated_tokens": tokens,
+        "seconds": run.watch.rounded(),
         "versions": {"lightning_qat": lightning_qat.__version__, **{n: version(n) for n in ("torch", "lightning", "transformers")}},
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    plot_perplexity(rows, folder / "perplexity.png")
-    _show(results, folder, console)
+    (run.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot_perplexity(rows, run.folder / "perplexity.png")
+    _show(results, run.folder, run.console)
 
 
-def _write_config(folder: Path) -> Path:
-    """A copy of the YAML with its paths below `folder`."""
-    template = (Path(__file__).parent / "llm_qat.yaml").read_text("utf-8")
-    path = folder / "llm_qat.yaml"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(template.replace("runs/demo", str(folder)), encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"out: cannot write to {str(folder)!r}: {error}") from error
-    return path
+class Demo:
+    """One run of the demo.
 
+    Args:
+        folder: Where everything goes.
+        seed: Seed of generation and training.
+        text: What models are scored on.
+        fit_args: More arguments of `lightning-qat fit`.
+    """
 
-def _row(
-    scheme: str, folder: Path, base: list[str], windows: list[torch.Tensor], full: TextScore, watch: Stopwatch, console: Console
-) -> dict[str, Any]:
-    console.rule(f"2. {scheme}: insert quantizers, distil, evaluate")
-    with watch("evaluate"):
-        rounded = load_causal_lm(TINY_TEACHER)
-        console.print(str(insert_quantizers(rounded, scheme)), highlight=False)
-        nearest = score_text(rounded, windows)
-    with watch("train"):
-        run = run_trainer_command([*base, "--quantization.scheme", scheme, f"--trainer.logger.init_args.version={scheme}"])
-    plot_loss(folder / "logs" / scheme / "metrics.csv", folder / f"loss-{scheme}.png", scheme)
-    student = run.model.student.float().eval()
-    with watch("evaluate"):
-        trained = score_text(student, windows)
-        saved = _export(student, folder / f"export-{scheme}")
-        reloaded, snippet = _in_a_new_process(saved, folder)
-    console.print(f"[bold]{scheme}[/] reloaded in a new process continues {PROMPT!r}:")
-    console.print(snippet, markup=False, highlight=False, style="dim")
-    scheme_used = scheme_of(student)
-    assert scheme_used is not None
-    return {
-        "scheme": scheme,
-        "perplexity": {
-            "full_precision": full.perplexity,
-            "round_to_nearest": nearest.perplexity,
-            "llm_qat": trained.perplexity,
-            "reloaded": reloaded,
-        },
-        "recovered": (nearest.perplexity - trained.perplexity) / (nearest.perplexity - full.perplexity),
-        "training_tokens": _trained_tokens(run),
-        "effective_bits": scheme_used.effective_bits(student),
-    }
+    def __init__(self, folder: Path, seed: int, text: str, fit_args: tuple[str, ...]) -> None:
+        self.folder, self.text, self.console, self.watch = folder, text, Console(), Stopwatch()
+        documents = read_documents(text)
+        self.tokenizer = load_tokenizer(TINY_TEACHER)
+        self.windows = text_windows(self.tokenizer, documents, CONTEXT)
+        self.text_bytes = sum(len(document.encode()) for document in documents)
+        self.teacher: dict[str, Any] = {"name": TINY_TEACHER}
+        self.full: TextScore | None = None
+        # What `fit` is told besides the YAML.
+        self.fit = ["fit", "--config", str(self._write_config()), f"--seed_everything={seed}", f"--data.init_args.seed={seed}", *fit_args]
+
+    def _write_config(self) -> Path:
+        """A copy of the YAML with its paths below the folder."""
+        template = (Path(__file__).parent / "llm_qat.yaml").read_text("utf-8")
+        path = self.folder / "llm_qat.yaml"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(template.replace("runs/demo", str(self.folder)), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"out: cannot write to {str(self.folder)!r}: {error}") from error
+        return path
+
+    def generate(self) -> int:
+        """Fill the store that the training runs will read; returns the number of tokens."""
+        self.console.rule("The teacher writes the data")
+        with self.watch("generate"):
+            data = run_trainer_command([*self.fit, "--trainer.logger=false"], run=False).datamodule
+            data.setup("fit")
+        samples = [dataset[i]["input_ids"] for dataset in (data.train_dataset, data.val_dataset) for i in range(len(dataset))]
+        self.console.print(self.tokenizer.decode(samples[0][:80]), markup=False, highlight=False, style="dim")
+        return sum(len(sample) for sample in samples)
+
+    def score_teacher(self) -> None:
+        """Full precision on the text."""
+        model = load_causal_lm(TINY_TEACHER)
+        with self.watch("evaluate"):
+            self.full = score_text(model, self.windows, text_bytes=self.text_bytes)
+        self.teacher |= {"parameters": sum(p.numel() for p in model.parameters()), "bits_per_byte": self.full.bits_per_byte}
+
+    def train(self, scheme: str) -> dict[str, Any]:
+        """One row of the table: round to nearest, LLM-QAT, and the exported file in a new process."""
+        assert self.full is not None
+        self.console.rule(f"{scheme}: insert quantizers, distil, evaluate")
+        with self.watch("evaluate"):
+            rounded = load_causal_lm(TINY_TEACHER)
+            self.console.print(str(insert_quantizers(rounded, scheme)), highlight=False)
+            nearest = score_text(rounded, self.windows).perplexity
+        with self.watch("train"):
+            run = run_trainer_command([*self.fit, "--quantization.scheme", scheme, f"--trainer.logger.init_args.version={scheme}"])
+        plot_loss(self.folder / "logs" / scheme / "metrics.csv", self.folder / f"loss-{scheme}.png", scheme)
+        student = run.model.student
+        with self.watch("evaluate"):
+            trained = score_text(student, self.windows).perplexity
+            reloaded, snippet = self._in_a_new_process(_export(student, self.folder / f"export-{scheme}"))
+        self.console.print(f"[bold]{scheme}[/] reloaded in a new process continues {PROMPT!r}:")
+        self.console.print(snippet, markup=False, highlight=False, style="dim")
+        full = self.full.perplexity
+        return {
+            "scheme": scheme,
+            "perplexity": {"full_precision": full, "round_to_nearest": nearest, "llm_qat": trained, "reloaded": reloaded},
+            "recovered": (nearest - trained) / (nearest - full),
+            "training_tokens": _trained_tokens(run),
+            "effective_bits": QuantScheme.parse(scheme).effective_bits(student),
+        }
+
+    def _in_a_new_process(self, saved: Path) -> tuple[float, str]:
+        """(perplexity, generated text) of the exported folder, from a process that knows nothing else."""
+        out = self.folder / "reloaded.json"
+        evaluate = [sys.executable, "-m", "lightning_qat.cli", "evaluate", "--model", str(saved), "--text", self.text]
+        options = ["--context", str(CONTEXT), "--prompt", PROMPT, "--out", str(out)]
+        done = subprocess.run([*evaluate, *options], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"the export could not be evaluated in a new process:\n{done.stderr}")
+        figures = json.loads(out.read_text("utf-8"))
+        out.unlink()
+        return figures["perplexity"], figures["continuation"]
 
 
 def _trained_tokens(run: Any) -> int:
@@ -157,18 +185,6 @@ def _export(student: torch.nn.Module, target: Path) -> Path:
     export(student, fresh)
     shutil.rmtree(target, ignore_errors=True)
     return fresh.rename(target)
-
-
-def _in_a_new_process(saved: Path, folder: Path) -> tuple[float, str]:
-    """(perplexity, generated text) of the exported folder, from a process that knows nothing else."""
-    out = folder / "reloaded.json"
-    command = [sys.executable, "-m", "lightning_qat.cli", "evaluate", "--model", str(saved), "--out", str(out)]
-    done = subprocess.run([*command, "--context", str(CONTEXT), "--prompt", PROMPT], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"the export could not be evaluated in a new process:\n{done.stderr}")
-    figures = json.loads(out.read_text("utf-8"))
-    out.unlink()
-    return figures["perplexity"], figures["continuation"]
 
 
 def _show(results: dict[str, Any], folder: Path, console: Console) -> None:
