@@ -2,7 +2,25 @@
 
     python examples/digits_cnn.py --scheme w4a4         # needs scikit-learn; CPU is enough
 
-OUTPUT
+Prints:
+
+    4 layers quantized: 100.0% of the matrix weights in reach of the scheme, 100.0% of all; keys and values of 0 attention modules
+
+    w4a4, seed 0, 540 test images
+      full precision                           98.15 %
+      rounded to nearest, not trained          97.41 %
+      trained with QuantizationCallback        97.96 %
+      exported and reloaded                    97.96 %
+    4.15 bits per weight with scales; the reloaded model predicts the same
+
+The same with --scheme w2a4:
+
+    w2a4, seed 0, 540 test images
+      full precision                           98.15 %
+      rounded to nearest, not trained          96.48 %
+      trained with QuantizationCallback        97.78 %
+      exported and reloaded                    97.78 %
+    2.15 bits per weight with scales; the reloaded model predicts the same
 """
 
 import copy

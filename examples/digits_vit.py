@@ -2,7 +2,26 @@
 
     python examples/digits_vit.py --scheme w4a4         # needs scikit-learn; CPU is enough
 
-OUTPUT
+Prints:
+
+    14 layers quantized: 96.7% of the matrix weights in reach of the scheme, 96.7% of all; keys and values of 0 attention modules
+      left alone: vit.vit.embeddings (ViTEmbeddings, 576 weights): no quantized layer is registered for this type
+
+    w4a4, seed 0, 540 test images
+      full precision                           95.56 %
+      rounded to nearest, not trained          95.19 %
+      trained with QuantizationCallback        95.74 %
+      exported and reloaded                    95.74 %
+    4.93 bits per weight with scales; the reloaded model predicts the same
+
+The same with --scheme w2a4:
+
+    w2a4, seed 0, 540 test images
+      full precision                           95.56 %
+      rounded to nearest, not trained          88.70 %
+      trained with QuantizationCallback        95.93 %
+      exported and reloaded                    95.93 %
+    2.93 bits per weight with scales; the reloaded model predicts the same
 """
 
 import copy

@@ -157,6 +157,14 @@ class QuantScheme:
 PRESETS: Registry[QuantScheme] = Registry("preset")
 
 
+def differences(there: Any, here: Any, place: str, name: str = "scheme") -> list[str]:
+    """One readable line for each value in which two schemes differ, from their plain dictionaries; `place` says where `there` is."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted({*there, *here})
+        return [line for key in keys for line in differences(there.get(key), here.get(key), place, f"{name}.{key}")]
+    return [] if there == here else [f"{name}: {there!r} {place}, {here!r} here"]
+
+
 def _number(text: str | float) -> float:
     value = float(text)
     return int(value) if value.is_integer() else value

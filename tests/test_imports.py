@@ -23,12 +23,12 @@ def test_every_public_name_works_without_optional_packages():
         "import sys\n"
         "for name in ('bitsandbytes', 'triton', 'torchao'):\n"
         "    sys.modules[name] = None\n"
-        "import lightning_qat\n"
-        "missing = [name for name in lightning_qat.__all__ if getattr(lightning_qat, name) is None]\n"
+        "import lightning_qat, lightning_qat.formats, lightning_qat.numerics.fake_quantize, lightning_qat.cli.commands\n"
         "import torch\n"
+        "hidden = [name for name in lightning_qat.__all__ if not callable(getattr(lightning_qat, name))]  # behind a room's name\n"
         "model = torch.nn.Sequential(torch.nn.Linear(8, 8))\n"
         "lightning_qat.insert_quantizers(model, 'w4a8')\n"
-        "print(missing, tuple(model(torch.ones(1, 8)).shape))"
+        "print(hidden, tuple(model(torch.ones(1, 8)).shape))"
     )
     assert (done.returncode, done.stdout.strip()) == (0, "[] (1, 8)"), done.stderr
 
@@ -53,12 +53,3 @@ def test_a_star_import_gives_the_public_names():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
         lightning_qat.quantise  # noqa: B018
-
-
-@pytest.mark.parametrize("verb", ["export", "fake_quantize", "insert_quantizers"])
-def test_importing_rooms_does_not_hide_a_verb(verb):
-    done = python(
-        "import lightning_qat.formats, lightning_qat.numerics.fake_quantize, lightning_qat.cli.commands, lightning_qat\n"
-        f"print(callable(lightning_qat.{verb}))"
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr

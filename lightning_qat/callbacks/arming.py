@@ -26,8 +26,8 @@ class Arming:
         self.module, self.early, self.late = module, early, late
         self.before: dict[str, Any] = {name: vars(module)[name] for name in _HOOKS if name in vars(module)}
         self.original = module.configure_model
-        vars(module)["configure_model"] = self.fire
-        vars(module)["after_build"] = early
+        self.hooks = {"configure_model": self.fire, "after_build": self.after_build}
+        vars(module).update(self.hooks)
         self.armed = True
 
     def fire(self) -> None:
@@ -39,11 +39,19 @@ class Arming:
         finally:
             self.disarm()
 
+    def after_build(self) -> None:
+        """What a module that shards inside `configure_model` calls between building and sharding."""
+        self.early()
+
     def disarm(self) -> None:
-        """Put back what was there; harmless when called twice."""
+        """Put back what was there, unless it is of another arming that is over; harmless when called twice."""
         if not self.armed:
             return
         self.armed = False
-        for name in _HOOKS:
-            vars(self.module).pop(name, None)
-        vars(self.module).update(self.before)
+        for name, hook in self.hooks.items():
+            if vars(self.module).get(name) != hook:
+                continue  # somebody armed after us is still at work; what they put back is checked below
+            del vars(self.module)[name]
+            owner = getattr(self.before.get(name), "__self__", None)
+            if name in self.before and not (isinstance(owner, Arming) and not owner.armed):
+                vars(self.module)[name] = self.before[name]

@@ -1,5 +1,6 @@
 """Quantization-aware training for any LightningModule, by adding a callback to the Trainer."""
 
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,8 @@ from typing_extensions import override
 from lightning_qat.callbacks.arming import Arming
 from lightning_qat.callbacks.reach import ReachProbe
 from lightning_qat.modules import InsertionReport, insert_quantizers, named_quantizers
-from lightning_qat.scheme import QuantScheme
+from lightning_qat.modules.packed import PackedWeight
+from lightning_qat.scheme import QuantScheme, differences
 
 STATE_VERSION = 1
 
@@ -25,6 +27,9 @@ class QuantizationCallback(Callback):
     :func:`lightning_qat.export` for that. It works in fit, validate, test and predict, and finds its own work when called again.
 
     Note:
+        Checkpoints hold the float weights under their own names. A Trainer without this callback, or ``load_from_checkpoint`` of a module
+        other than :class:`~lightning_qat.DistillationModule`, gives the float model: call ``insert_quantizers(module, scheme)`` after it.
+
         A module that shards inside ``configure_model`` (FSDP2) calls ``self.after_build()`` between building and sharding.
 
     Example::
@@ -43,6 +48,7 @@ class QuantizationCallback(Callback):
         self.scheme = QuantScheme.parse(scheme)
         self.allow_partial = allow_partial
         self.report: InsertionReport | None = None
+        self._inserted_early = 0
         self._arming: Arming | None = None
         self._probe: ReachProbe | None = None
 
@@ -82,28 +88,38 @@ class QuantizationCallback(Callback):
             if final:
                 raise
             return  # the root is built in configure_model
-        report = insert_quantizers(root, self.scheme, allow_partial=self.allow_partial, final=final)
+        report = insert_quantizers(root, self.scheme, final=False)
+        inserted = report.inserted
         if final:
             sharded = [item.name for item in report.left_alone if item.reason.startswith("already sharded")]
             if sharded:
                 raise MisconfigurationException(
                     f"{sharded[0]} was sharded before quantizers could be inserted. Add this line to configure_model of "
-                    f"{type(pl_module).__name__}, between building and fully_shard:\n    self.after_build()"
+                    f"{type(pl_module).__name__}, between building and fully_shard:\n"
+                    '    if hasattr(self, "after_build"): self.after_build()'
                 )
-            if self.report is None:
+            report = insert_quantizers(root, self.scheme, allow_partial=self.allow_partial)
+            if inserted or self._inserted_early:
                 rank_zero_info(str(report))
-            self.report = report
+            self.report = replace(report, inserted=inserted + self._inserted_early)
+        self._inserted_early = 0 if final else self._inserted_early + inserted
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Every parameter that quantizers brought must be trained by some optimizer."""
         held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         root = quantization_root(pl_module)
+        packed = [name for name, module in root.named_modules() if isinstance(module, PackedWeight)]
+        if packed:
+            raise MisconfigurationException(
+                f"{packed[0]} holds packed codes of an export, which have no gradient; training from an export is not "
+                "supported yet, continue from a training checkpoint"
+            )
         ours = {id(p): name for name, q in named_quantizers(root) for p in q.parameters() if p.requires_grad}
         lost = [name for key, name in ours.items() if key not in held]
         if lost:
             raise MisconfigurationException(
-                f"{len(lost)} learned quantizers are held by no optimizer, the first is {lost[0]!r}: the optimizer was built before they "
+                f"{len(lost)} parameters of quantizers are held by no optimizer, the first is {lost[0]!r}: the optimizer was built before they "
                 "were inserted. Build it in configure_optimizers; with LightningCLI pass auto_configure_optimizers=False and take "
                 "`optimizer: OptimizerCallable` in your module"
             )
@@ -137,10 +153,10 @@ class QuantizationCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained with another scheme."""
-        differences = _differences(state_dict["scheme"], self.scheme.to_dict())
-        if differences:
+        changed = differences(state_dict["scheme"], self.scheme.to_dict(), "in the checkpoint")
+        if changed:
             raise MisconfigurationException(
-                "QuantizationCallback: the checkpoint was trained with another scheme:\n  " + "\n  ".join(differences)
+                "QuantizationCallback: the checkpoint was trained with another scheme:\n  " + "\n  ".join(changed)
             )
 
 
@@ -152,10 +168,3 @@ def quantization_root(pl_module: nn.Module) -> nn.Module:
     if not isinstance(path, str):
         raise MisconfigurationException(f"quantization_root: got {path!r}, expected the dotted name of a submodule")
     return pl_module.get_submodule(path)
-
-
-def _differences(saved: Any, given: Any, where: str = "scheme") -> list[str]:
-    if isinstance(saved, dict) and isinstance(given, dict):
-        keys = sorted({*saved, *given})
-        return [line for key in keys for line in _differences(saved.get(key), given.get(key), f"{where}.{key}")]
-    return [] if saved == given else [f"{where}: {saved!r} in the checkpoint, {given!r} here"]

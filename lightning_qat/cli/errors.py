@@ -1,16 +1,17 @@
 """Parser errors a person can read: what was wrong and what is allowed, instead of every option and every union that did not fit."""
 
-import importlib
 import inspect
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
+import lightning_qat
 from lightning_qat.registry import did_you_mean
 
-_NOISE = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class", "Given value", "usage:", "tip:")
+_NOISE = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class", "Given value", "- Problem with given", "usage:", "tip:")
 
 
 def brief(message: str) -> str:
@@ -18,16 +19,21 @@ def brief(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     useful = [line.removeprefix("- ") for line in lines if line and not line.startswith(_NOISE)]
     text = "\n  ".join(useful or lines)
-    option, owner = re.search(r"Option '(\w+)' is not accepted", text), re.findall(r"class_path '([\w.]+)'", text)
-    if option and owner:
-        text += f"; {did_you_mean(option[1], _parameters(owner[-1]))}"
+    option = re.search(r"Option '(\w+)' is not accepted(?!; expected)", text)
+    owners = re.findall(r"class_path'?:? '([\w.]+)'", message[: message.find("is not accepted")] if option else "")
+    owners = owners or re.findall(r"class_path'?:? '([\w.]+)'", message)
+    if option and owners and (allowed := _parameters(owners[-1])):
+        text = text.replace(option[0], f"{option[0]}; {did_you_mean(option[1], allowed)}")
     return text
 
 
 def _parameters(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
-    return [parameter for parameter in inspect.signature(cls).parameters if parameter != "self"]
+    """What the constructor of a class takes; short names are those that YAML files may use."""
+    name = class_path.rsplit(".", 1)[-1]
+    found: Any = getattr(lightning_qat, name, None)
+    for base in (LightningModule, LightningDataModule):
+        found = found or next((cls for cls in base.__subclasses__() if cls.__name__ == name), None)
+    return [] if found is None else [parameter for parameter in inspect.signature(found).parameters if parameter != "self"]
 
 
 class _BriefErrors:

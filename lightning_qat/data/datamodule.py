@@ -1,6 +1,7 @@
 """The teacher's generations as training data: LLM-QAT (arXiv 2305.17888), section 3.1."""
 
 import copy
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_qat.data.datasets import GeneratedSamples, TextWindows, collate
+from lightning_qat.data.order import EpochOrder, ResumableLoader
 from lightning_qat.data.store import GenerationStore
 from lightning_qat.evaluation import read_documents, text_windows
 from lightning_qat.generation import (
     GenerationSettings,
+    cast_parameters,
+    check_causal_lm,
+    end_tokens,
     fingerprint,
     generate_rows,
     load_causal_lm,
@@ -71,6 +76,8 @@ class SyntheticDataModule(pl.LightningDataModule):
         self.val_samples = min(64, num_samples // 20) if val_samples is None else val_samples
         if num_samples < 1 or not 0 <= self.val_samples < num_samples:
             raise ValueError(f"num_samples: got {num_samples} with val_samples={self.val_samples}; at least one must be left for training")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: got {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
         self.teacher, self.num_samples, self.batch_size, self.dtype = teacher, num_samples, batch_size, dtype
@@ -94,9 +101,19 @@ class SyntheticDataModule(pl.LightningDataModule):
             self.text_dataset = TextWindows(text_windows(tokenizer, read_documents(self.validation), self.settings.max_length))
         model = self._teacher()
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
-        store = GenerationStore(self.folder, {"teacher": fingerprint(model), "dtype": self.dtype, **self.settings.to_dict()})
+        allowed = start_tokens(model, tokenizer)
+        store = GenerationStore(
+            self.folder,
+            {
+                "teacher": fingerprint(model),
+                "dtype": self.dtype,
+                "start_tokens": hashlib.sha256(repr(allowed).encode()).hexdigest()[:16],
+                "end_tokens": end_tokens(model),
+                **self.settings.to_dict(),
+            },
+        )
         store.open()
-        self._generate(model, store, start_tokens(model, tokenizer))
+        self._generate(model, store, allowed)
         first_val = self.num_samples - self.val_samples
         self.train_dataset = GeneratedSamples(store, range(first_val), self.settings.rows)
         self.val_dataset = GeneratedSamples(store, range(first_val, self.num_samples), self.settings.rows)
@@ -115,7 +132,7 @@ class SyntheticDataModule(pl.LightningDataModule):
         if isinstance(self.teacher, str):
             model = load_causal_lm(self.teacher, self.dtype)
         else:
-            model = copy.deepcopy(self.teacher).to(getattr(torch, self.dtype)).eval()
+            model = cast_parameters(copy.deepcopy(check_causal_lm(self.teacher, "teacher")), getattr(torch, self.dtype)).eval()
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
         return model.to(device)
 
@@ -147,10 +164,17 @@ class SyntheticDataModule(pl.LightningDataModule):
                 bar.update(task, completed=(done + 1) * (self.settings.max_length - 1), tokens=(done + 1) * int(lengths.sum()))
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Shuffled batches; the order depends on `seed` and the epoch."""
+        """Shuffled batches; the order depends on `seed` and the epoch, and a resumed epoch goes on where it was left."""
         assert self.train_dataset is not None
-        order = torch.Generator().manual_seed(self.settings.seed)
-        return self._loader(self.train_dataset, shuffle=True, generator=order)
+        order = EpochOrder(len(self.train_dataset), self.settings.seed, self._consumed)
+        return self._loader(self.train_dataset, sampler=order)
+
+    def _consumed(self) -> int:
+        """Samples of this epoch that were trained on before the run was interrupted, over all ranks."""
+        if self.trainer is None:
+            return 0
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return batches * self.batch_size * self.trainer.world_size
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
         """Generated samples that are never trained on, and windows of real text; each where there are any."""
@@ -158,4 +182,4 @@ class SyntheticDataModule(pl.LightningDataModule):
         return [self._loader(dataset) for dataset in datasets if dataset is not None and len(dataset) > 0]
 
     def _loader(self, dataset: Any, **kwargs: Any) -> DataLoader[dict[str, Any]]:
-        return DataLoader(dataset, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers, **kwargs)
+        return ResumableLoader(dataset, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers, **kwargs)

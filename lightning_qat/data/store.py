@@ -51,6 +51,8 @@ class GenerationStore:
             present = json.loads(index.read_text("utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"store: {str(index)!r} is damaged ({error}); delete the folder or choose another one") from error
+        if not isinstance(present, dict):
+            raise ValueError(f"store: {str(index)!r} is damaged (not an object); delete the folder or choose another one")
         wanted = self.settings.items()
         changed = [f"{key}: {present.get(key)!r} there, {value!r} here" for key, value in wanted if present.get(key) != value]
         if changed:
@@ -71,6 +73,8 @@ class GenerationStore:
         except Timeout as error:
             raise ValueError(f"store: another process writes to {str(self.folder)!r}; wait for it or choose another folder") from error
         try:
+            for torn in self.folder.glob("*.part"):
+                torn.unlink()
             yield
         finally:
             lock.release()

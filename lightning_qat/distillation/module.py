@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_qat.evaluation import TokenPerplexity
-from lightning_qat.generation import load_causal_lm
+from lightning_qat.generation import cast_parameters, check_causal_lm, load_causal_lm
 from lightning_qat.losses import SoftCrossEntropy, kl_divergence
 from lightning_qat.modules import insert_quantizers, scheme_of
 from lightning_qat.scheme import QuantScheme
@@ -58,7 +58,7 @@ class DistillationModule(pl.LightningModule):
         # Only plain values: torch refuses to load callables and modules from a checkpoint.
         plain = {"teacher": teacher, "student": student, "gradient_checkpointing": gradient_checkpointing, "teacher_dtype": teacher_dtype}
         self.save_hyperparameters({k: v for k, v in plain.items() if v is None or isinstance(v, str | bool)})
-        self.teacher = load_causal_lm(teacher, teacher_dtype) if isinstance(teacher, str) else teacher
+        self.teacher = load_causal_lm(teacher, teacher_dtype) if isinstance(teacher, str) else check_causal_lm(teacher, "teacher")
         self.teacher.requires_grad_(False).eval()
         self.student = self._build_student(teacher, student)
         self._check_vocabularies()
@@ -74,8 +74,8 @@ class DistillationModule(pl.LightningModule):
         if student is None:
             same = isinstance(teacher, nn.Module) or next(self.teacher.parameters()).dtype == torch.float32
             model = copy.deepcopy(self.teacher) if same else load_causal_lm(str(teacher), "float32")
-            return model.float().requires_grad_(True).train()
-        model = load_causal_lm(student, "float32") if isinstance(student, str) else student
+            return cast_parameters(model, torch.float32).requires_grad_(True).train()
+        model = load_causal_lm(student, "float32") if isinstance(student, str) else check_causal_lm(student, "student")
         return model.train()
 
     def _check_vocabularies(self) -> None:

@@ -25,12 +25,17 @@ def read_documents(path: str | Path) -> list[str]:
     file = Path(__file__).resolve().parent.parent / "assets" / "held_out" / "text.jsonl" if name == HELD_OUT else Path(name)
     if not file.is_file():
         raise ValueError(f"text: no file at {name!r}; expected a .txt or .jsonl file, or {HELD_OUT!r} for the bundled text")
-    content = file.read_text("utf-8")
+    try:
+        content = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: {name!r} is not UTF-8: {error}") from error
     if file.suffix == ".jsonl":
         try:
-            documents = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+            documents = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"text: {name!r} must hold one JSON object with a 'text' field a line: {error}") from error
+        if not all(isinstance(document, str) for document in documents):
+            raise ValueError(f"text: {name!r} must hold one JSON object with a 'text' field a line: a text is not a string")
     else:
         documents = [content]
     if not any(document.strip() for document in documents):

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_qat.modules import scheme_of
+from lightning_qat.modules.layer import quant_layers
 from lightning_qat.registry import Registry
 
 
@@ -41,11 +42,17 @@ def export(model: nn.Module, path: str | Path, format: str = "native", drop: tup
         ValueError: Unknown format, a model without quantizers, a folder that is not empty or cannot be written.
     """
     writer = formats.get(format)()
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     target = Path(path)
     if drop or inexact:
         raise ValueError(f"drop, inexact: got drop={drop!r}, inexact={inexact}; the {format!r} format expresses everything exactly")
     if scheme_of(model) is None:
-        raise ValueError("export: the model holds no quantizers; call insert_quantizers, or train with QuantizationCallback first")
+        if next(quant_layers(model), None) is not None:
+            raise ValueError("export: this is a part of what was quantized; export the whole, or set quantization_root to this part")
+        raise ValueError(
+            "export: the model holds no quantizers; call insert_quantizers(model, scheme) with the scheme it was trained with (also after "
+            "load_from_checkpoint), or train with QuantizationCallback first"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"path: {str(target)!r} exists and is not an empty folder; choose another one")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")

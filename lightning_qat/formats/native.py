@@ -11,6 +11,7 @@ A transformers model also gets its config, generation config and tokenizer.
 
 import hashlib
 import json
+import shutil
 import warnings
 from dataclasses import asdict
 from importlib.metadata import version
@@ -25,7 +26,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lightning_qat.formats.base import Format, formats
 from lightning_qat.formats.skeleton import build_transformers_model
-from lightning_qat.modules import QuantLayer, insert_quantizers, scheme_of
+from lightning_qat.generation import has_tokenizer
+from lightning_qat.modules import QuantLayer, insert_quantizers, remove_quantizers, scheme_of
+from lightning_qat.modules.insertion import quantized_root
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.modules.packed import PackedWeight, pack_tensors
 from lightning_qat.scheme import QuantScheme
@@ -52,15 +55,18 @@ class NativeFormat(Format):
             "format_version": FORMAT_VERSION,
             "model": _model_kind(model),
             "scheme": scheme.to_dict(),
+            "root": quantized_root(model),
             "effective_bits": scheme.effective_bits(model) if layers else None,
             "counted_bits": _counted_bits(layers, rest),
             "layers": layers,
+            "input_only": [name for name, layer in quant_layers(model) if layer.weight_quantizer is None],
             "tied": tied,
             "dropped": [],
             "sha256": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
             "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(folder / MANIFEST, folder / WEIGHTS)  # safetensors makes files that only their owner can read
         written = load_file(folder / WEIGHTS)
         wrong = [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]
         if wrong:
@@ -124,9 +130,9 @@ def _save_company(model: nn.Module, folder: Path) -> None:
         model.generation_config.save_pretrained(folder)
     source = model.config._name_or_path
     if source and Path(source).is_dir():
-        try:
+        if has_tokenizer(source):
             AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-        except (OSError, ValueError):
+        elif not (Path(source) / MANIFEST).exists():
             warnings.warn(f"export: {source!r} holds no tokenizer; save one into the exported folder yourself", stacklevel=2)
 
 
@@ -158,11 +164,9 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> Any:
         if manifest["model"]["library"] != "transformers":
             raise ValueError(f"model: this is a {manifest['model']['class']} of your own; pass model=<an instance> to load_quantized")
         model = build_transformers_model(folder, manifest["model"]["class"])
-    insert_quantizers(model, QuantScheme.parse(manifest["scheme"]), allow_partial=True, final=False)
+    _insert(model, manifest)
     modules = dict(model.named_modules())
     for name, layer in manifest["layers"].items():
-        if not isinstance(modules.get(name), QuantLayer):
-            raise ValueError(f"model: the export has a quantized layer {name!r}, the given {type(model).__name__} does not")
         _put_codes(modules[name], name, layer, tensors)
     for alias, name in manifest["tied"].items():
         tensors[alias] = tensors[name]
@@ -196,11 +200,35 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _insert(model: nn.Module, manifest: dict[str, Any]) -> None:
+    """Insert quantizers exactly where the export has them, or leave the model as it was."""
+    kind, root = type(model).__name__, manifest["root"]
+    hint = "; it has a configure_model: call it first" if hasattr(model, "configure_model") else ""
+    try:
+        part = model.get_submodule(root)
+    except AttributeError as error:
+        raise ValueError(f"model: the export was quantized below {root!r}, which the given {kind} does not have{hint}") from error
+    if scheme_of(model) is not None:
+        raise ValueError(f"model: the given {kind} is quantized already; pass a plain one")
+    try:
+        insert_quantizers(part, QuantScheme.parse(manifest["scheme"]), allow_partial=True, final=False)
+        here = {name: layer.matrix_shape() for name, layer in quant_layers(model)}
+        there = {name: tuple(layer["shape"]) for name, layer in manifest["layers"].items()}
+        if (lost := {*there, *manifest["input_only"]} ^ here.keys()) != set():
+            name = min(lost)
+            owner, other = (f"the given {kind}", "the export") if name in here else ("the export", f"the given {kind}")
+            raise ValueError(f"model: {owner} has a quantized layer {name!r}, {other} does not{hint}")
+        for name, shape in there.items():
+            if here[name] != shape:
+                raise ValueError(f"model: {name} has shape {here[name]} in the given model and {shape} in the export")
+    except ValueError:
+        remove_quantizers(part)
+        raise
+
+
 def _put_codes(module: nn.Module, name: str, layer: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     assert isinstance(module, QuantLayer)
     shape = tuple(layer["shape"])
-    if module.matrix_shape() != shape:
-        raise ValueError(f"model: {name} has shape {module.matrix_shape()} in the given model and {shape} in the export")
     parts = {part: tensors.pop(key) for part in ("packed", "scale", "zero_point") if (key := f"{name}.{part}") in tensors}
     dtype = getattr(torch, layer["dtype"])
     module.weight_quantizer = PackedWeight(TensorSpec(**layer["spec"]), shape, dtype, parts)

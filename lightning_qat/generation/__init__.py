@@ -1,13 +1,27 @@
 """Sampling from a teacher: torch and transformers only."""
 
 from lightning_qat.generation.engine import GenerationSettings, generate_rows
-from lightning_qat.generation.teacher import TINY_TEACHER, fingerprint, load_causal_lm, load_tokenizer, start_tokens
+from lightning_qat.generation.teacher import (
+    TINY_TEACHER,
+    cast_parameters,
+    check_causal_lm,
+    end_tokens,
+    fingerprint,
+    has_tokenizer,
+    load_causal_lm,
+    load_tokenizer,
+    start_tokens,
+)
 
 __all__ = [
     "TINY_TEACHER",
     "GenerationSettings",
+    "cast_parameters",
+    "check_causal_lm",
+    "end_tokens",
     "fingerprint",
     "generate_rows",
+    "has_tokenizer",
     "load_causal_lm",
     "load_tokenizer",
     "start_tokens",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_qat.generation.cache import sliced_cache
 from lightning_qat.generation.randomness import uniform
+from lightning_qat.generation.teacher import end_tokens
 
 _START, _GREEDY, _FIRST_TOKEN = 0, 1, 2  # which draw of a sample is which
 
@@ -62,8 +63,10 @@ def sample_token(logits: Tensor, draw: Tensor) -> Tensor:
         Token ids, [rows].
     """
     cumulative = torch.softmax(logits.float(), dim=-1).cumsum(-1)
-    target = (draw.to(cumulative.dtype) * cumulative[:, -1]).unsqueeze(-1)
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    total = cumulative[:, -1]
+    # Strictly below the total, so that the token found has a probability above 0 even where the draw rounds up to 1.
+    target = torch.minimum(draw.to(cumulative.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
 
 
 @torch.inference_mode()
@@ -92,7 +95,7 @@ def generate_rows(
     pool = torch.tensor(allowed, device=device)
     token = pool[(uniform(settings.seed, index, _START) * len(allowed)).long()]
     greedy = low + (uniform(settings.seed, index, _GREEDY) * (high - low + 1)).long()
-    ends = _end_tokens(model, device)
+    ends = torch.tensor(end_tokens(model), dtype=torch.int64, device=device)
     tokens = torch.zeros(settings.rows, settings.max_length, dtype=torch.int64, device=device)
     lengths = torch.ones(settings.rows, dtype=torch.int64, device=device)
     alive = torch.ones(settings.rows, dtype=torch.bool, device=device)
@@ -118,10 +121,3 @@ def _check_positions(model: Any, max_length: int) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise ValueError(f"max_length: got {max_length}, the teacher has {limit} positions")
-
-
-def _end_tokens(model: Any, device: torch.device) -> Tensor:
-    """All ids that end a sequence; models may have none, one or several."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = model.config.get_text_config().eos_token_id if ids is None else ids
-    return torch.tensor([] if ids is None else ids, dtype=torch.int64, device=device).reshape(-1)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 TINY_TEACHER = "tiny-teacher"  # the bundled teacher's name wherever a path or hub id is expected
 
 
@@ -43,13 +44,41 @@ def load_causal_lm(name: str | Path, dtype: str = "float32") -> Any:
         ValueError: Nothing is there, or it is not a causal language model.
     """
     path = resolve(name)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype: got {dtype!r}, expected 'float32', 'bfloat16', 'float16' or 'auto'")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"teacher: cannot read a model configuration from {str(name)!r}: {error}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"teacher: {str(name)!r} is a {type(config).__name__}, which has no causal language model")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).eval()
+    except OSError as error:
+        raise ValueError(f"teacher: cannot read weights from {str(name)!r}: {error}") from error
+
+
+def check_causal_lm(model: Any, field: str) -> Any:
+    """The model itself, if it is a causal language model in memory.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ValueError(f"{field}: got a {type(model).__name__}, expected a causal language model of transformers, a folder or a hub id")
+    return model
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast parameters in place; buffers such as rotary frequencies keep their dtype, as when a model is loaded in `dtype`."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds tokenizer files; without any, transformers would make up an empty tokenizer."""
+    return any(True for pattern in TOKENIZER_FILES for _ in Path(folder).glob(pattern))
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -58,19 +87,29 @@ def load_tokenizer(name: str | Path) -> Any:
     Raises:
         ValueError: There is none.
     """
+    path = resolve(name)
+    if Path(path).is_dir() and not has_tokenizer(path):
+        raise ValueError(f"tokenizer: none can be read from {str(name)!r}: there is no {', '.join(TOKENIZER_FILES)}")
     try:
-        return AutoTokenizer.from_pretrained(resolve(name))
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer: none can be read from {str(name)!r}: {error}") from error
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash that changes when any weight does; cheap beside one generated batch."""
+    """A short hash of all weights, their names, shapes and dtypes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().to(torch.float64)
-        digest.update(f"{name}{tuple(tensor.shape)}{values.sum().item()!r}{values.abs().sum().item()!r}".encode())
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def end_tokens(model: Any) -> list[int]:
+    """All ids that end a sequence; models may have none, one or several."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = model.config.get_text_config().eos_token_id if ids is None else ids
+    return sorted(ids) if isinstance(ids, list) else [ids] if ids is not None else []
 
 
 def start_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -81,12 +120,12 @@ def start_tokens(model: Any, tokenizer: Any) -> list[int]:
     """
     size = model.get_input_embeddings().weight.shape[0]
     config = model.config
-    special = set(tokenizer.all_special_ids) if tokenizer is not None else set()
+    special = {*(tokenizer.all_special_ids if tokenizer is not None else ()), *end_tokens(model)}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(config, name, None)
         special |= set(ids) if isinstance(ids, list) else {ids}
-    known = min(size, len(tokenizer)) if tokenizer is not None else size
-    allowed = [token for token in range(known) if token not in special]
+    known = set(range(size)) if tokenizer is None else {token for token in tokenizer.get_vocab().values() if token < size}
+    allowed = sorted(known - special)
     if not allowed:
-        raise ValueError(f"start tokens: none of the {known} token ids is neither special nor unused")
+        raise ValueError(f"start tokens: none of the {len(known)} token ids is neither special nor unused")
     return allowed

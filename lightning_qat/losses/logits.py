@@ -31,9 +31,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None = N
     Raises:
         ValueError: Shapes differ, or no token counts.
     """
-    if student.shape != teacher.shape:
-        raise ValueError(f"soft_cross_entropy: student logits {tuple(student.shape)}, teacher logits {tuple(teacher.shape)}")
-    student, teacher = _select(student, mask), _select(teacher, mask)
+    student, teacher = _pair(student, teacher, mask)
     total = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
     for s, t in zip(student.split(CHUNK), teacher.split(CHUNK), strict=True):
         total = total - (functional.softmax(_wide(t), -1) * functional.log_softmax(_wide(s), -1)).sum()
@@ -42,7 +40,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None = N
 
 def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean KL(teacher || student) in nats per token (arguments as in :func:`soft_cross_entropy`)."""
-    student, teacher = _select(student, mask), _select(teacher, mask)
+    student, teacher = _pair(student, teacher, mask)
     total = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
     for s, t in zip(student.split(CHUNK), teacher.split(CHUNK), strict=True):
         log_s, log_t = functional.log_softmax(_wide(s), -1), functional.log_softmax(_wide(t), -1)
@@ -69,11 +67,14 @@ def next_token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None
     return total, keep.sum()
 
 
-def _select(logits: Tensor, mask: Tensor | None) -> Tensor:
-    chosen = logits.flatten(0, -2) if mask is None else logits[mask.bool()]
-    if chosen.shape[0] == 0:
-        raise ValueError("soft_cross_entropy: no token counts; the attention mask is 0 everywhere")
-    return chosen
+def _pair(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logits of the tokens that count, [tokens, vocabulary] each."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"loss: student logits {tuple(student.shape)}, teacher logits {tuple(teacher.shape)}; they must have one shape")
+    student, teacher = (x.flatten(0, -2) if mask is None else x[mask.bool()] for x in (student, teacher))
+    if student.shape[0] == 0:
+        raise ValueError("loss: no token counts; the attention mask is 0 everywhere")
+    return student, teacher
 
 
 class SoftCrossEntropy(nn.Module):

@@ -23,7 +23,7 @@ from lightning_qat.modules.report import (
 from lightning_qat.modules.shared_input import SIBLINGS, SharedInput
 from lightning_qat.modules.side_doors import close_side_doors, open_side_doors
 from lightning_qat.quantizers import build_quantizer
-from lightning_qat.scheme import QuantScheme
+from lightning_qat.scheme import QuantScheme, differences
 from lightning_qat.specs import KVSpec, TensorSpec
 
 SCHEME_ATTRIBUTE = "quantization_scheme"
@@ -97,8 +97,14 @@ def remove_quantizers(model: nn.Module) -> None:
 
 def scheme_of(model: nn.Module) -> QuantScheme | None:
     """The scheme a model (or a part of it) was quantized with, or None."""
-    found = ((module, vars(module).get(SCHEME_ATTRIBUTE)) for module in model.modules())
-    return next((scheme for module, scheme in found if scheme is not None and _is_quantized(module)), None)
+    root = quantized_root(model)
+    return None if root is None else getattr(model.get_submodule(root), SCHEME_ATTRIBUTE)
+
+
+def quantized_root(model: nn.Module) -> str | None:
+    """The dotted name (``""`` for the model itself) below which quantizers were inserted, or None."""
+    roots = (name for name, module in model.named_modules() if SCHEME_ATTRIBUTE in vars(module) and _is_quantized(module))
+    return next(roots, None)
 
 
 def _is_quantized(model: nn.Module) -> bool:
@@ -108,9 +114,9 @@ def _is_quantized(model: nn.Module) -> bool:
 def _refuse_other_scheme(model: nn.Module, scheme: QuantScheme) -> None:
     present = scheme_of(model)
     if present is not None and present != scheme:
+        changed = "\n  ".join(differences(present.to_dict(), scheme.to_dict(), "in the model"))
         raise ValueError(
-            f"scheme: the model is already quantized with {present.to_dict()}, got {scheme.to_dict()}; "
-            "use the same scheme, or call remove_quantizers first"
+            f"scheme: the model is already quantized with another scheme; use that one, or call remove_quantizers first:\n  {changed}"
         )
 
 

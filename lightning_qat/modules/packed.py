@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lightning_qat.numerics.grid import QuantizedTensor
 from lightning_qat.numerics.packing import pack, unpack
+from lightning_qat.numerics.ranges import SCALE_DTYPES
 from lightning_qat.quantizers import quantizers
 from lightning_qat.specs import TensorSpec
 
@@ -57,7 +58,8 @@ class PackedWeight(nn.Module):
 
 def pack_tensors(quantized: QuantizedTensor, spec: TensorSpec) -> dict[str, Tensor]:
     """The tensors of a :class:`PackedWeight`, as they are written to a file."""
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[spec.scale_dtype]
+    # "float32" means not rounded: scales of a float64 model stay float64.
+    dtype = quantized.scale.dtype if spec.scale_dtype == "float32" else SCALE_DTYPES[spec.scale_dtype]
     tensors = {
         "packed": pack(quantized.codes, spec.code_bits, quantized.grid.qmin),
         "scale": quantized.scale.to(dtype).contiguous(),

@@ -110,5 +110,5 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) 
 
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values in `dtype`; the end of a grid may lie beyond the largest float, which then stands for it."""
-    limit = torch.finfo(dtype).max
+    limit = min(torch.finfo(dtype).max, torch.finfo(values.dtype).max)
     return values.clamp(-limit, limit).to(dtype)

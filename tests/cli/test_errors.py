@@ -1,5 +1,6 @@
 """A mistake on the command line is one readable message and exit status 2; what is right runs."""
 
+import lightning.pytorch  # noqa: F401  its log handler keeps the stderr of its import, which must not be one that capsys closes
 import pytest
 import torch
 import yaml
@@ -64,7 +65,7 @@ def test_help_names_every_command(args, capsys):
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (["generate", "--teacher", TINY_TEACHER, "--store", "x", "--num_sample", "3"], ["num_sample"]),
+        (["generate", "--teacher", TINY_TEACHER, "--store", "x", "--num_smaples", "3"], ["num_smaples"]),
         (["quantize", "--model", TINY_TEACHER, "--shceme", "w4", "--out", "x"], ["shceme"]),
         (["quantize", "--model", TINY_TEACHER, "--scheme", "w4"], ["out"]),
         (["evaluate", "--model", TINY_TEACHER, "--context", "many"], ["context", "many"]),

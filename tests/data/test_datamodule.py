@@ -252,6 +252,12 @@ def test_settings_that_cannot_work_are_refused_at_once(changes, message, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def tokenizer_with_another_special_token():
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"sep_token": "a"})
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -262,7 +268,7 @@ def test_settings_that_cannot_work_are_refused_at_once(changes, message, tmp_pat
         ({"dtype": "bfloat16"}, "dtype: 'float32' there, 'bfloat16' here"),
         ({"teacher": llama(initializer_range=0.1)}, "teacher: "),
         ({"teacher": llama(eos_token_id=5)}, "there"),
-        ({"tokenizer": character_tokenizer()}, "there"),
+        ({"tokenizer": tokenizer_with_another_special_token()}, "start_tokens"),
     ],
     ids=["seed", "max_length", "rows", "greedy_tokens", "dtype", "teacher", "end-tokens", "start-tokens"],
 )

@@ -89,7 +89,7 @@ def test_samples_of_other_settings_are_refused(store, changes):
     assert {file.name: file.read_bytes() for file in store.folder.iterdir()} == before_files
 
 
-@pytest.mark.parametrize("content", ["", "{\"teacher\": ", "[]"], ids=["empty", "torn", "no-object"])
+@pytest.mark.parametrize("content", ["", '{"teacher": ', "[]"], ids=["empty", "torn", "no-object"])
 def test_a_damaged_index_is_refused(store, content):
     (store.folder / "store.json").write_text(content)
     with pytest.raises(ValueError, match=r"store: .*store\.json.*damaged"):

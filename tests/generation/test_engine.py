@@ -164,7 +164,8 @@ def test_generation_stops_when_every_row_has_ended():
 
 
 def teacher_with(size, **ids):
-    return SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(size, 2), config=SimpleNamespace(**ids), generation_config=None)
+    config = LlamaConfig(vocab_size=size, **{"bos_token_id": None, "eos_token_id": None} | ids)
+    return SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(size, 2), config=config, generation_config=None)
 
 
 def test_special_and_unused_ids_do_not_start_a_sample():
