@@ -119,8 +119,8 @@ class QuantizationCallback(Callback):
         lost = [name for key, name in ours.items() if key not in held]
         if lost:
             raise MisconfigurationException(
-                f"{len(lost)} parameters of quantizers are held by no optimizer, the first is {lost[0]!r}: the optimizer was built before they "
-                "were inserted. Build it in configure_optimizers; with LightningCLI pass auto_configure_optimizers=False and take "
+                f"{len(lost)} parameters of quantizers are held by no optimizer, the first is {lost[0]!r}: the optimizer was built before "
+                "they were inserted. Build it in configure_optimizers; with LightningCLI pass auto_configure_optimizers=False and take "
                 "`optimizer: OptimizerCallable` in your module"
             )
         idle = [name for name, p in root.named_parameters() if p.requires_grad and id(p) not in held and id(p) not in ours]

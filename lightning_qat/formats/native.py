@@ -46,7 +46,8 @@ class NativeFormat(Format):
         """Write, and read back: the packed codes must be the codes of the model's quantizers."""
         tensors, layers = _packed_layers(model)
         rest, tied = _other_tensors(model, set(layers))
-        save_file({**tensors, **rest}, folder / WEIGHTS, metadata={"format": "pt"})
+        computed = _computed_buffers(model)
+        save_file({**tensors, **rest, **computed}, folder / WEIGHTS, metadata={"format": "pt"})
         _save_company(model, folder)
         scheme = scheme_of(model)
         assert scheme is not None
@@ -57,10 +58,11 @@ class NativeFormat(Format):
             "scheme": scheme.to_dict(),
             "root": quantized_root(model),
             "effective_bits": scheme.effective_bits(model) if layers else None,
-            "counted_bits": _counted_bits(layers, rest),
+            "counted_bits": _counted_bits(layers, {**rest, **computed}),
             "layers": layers,
             "input_only": [name for name, layer in quant_layers(model) if layer.weight_quantizer is None],
             "tied": tied,
+            "computed_buffers": sorted(computed),
             "dropped": [],
             "sha256": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
             "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
@@ -109,6 +111,13 @@ def _other_tensors(model: nn.Module, packed: set[str]) -> tuple[dict[str, Tensor
             places[place] = name
             tensors[name] = tensor.detach().cpu().contiguous()
     return tensors, tied
+
+
+def _computed_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Float buffers that a checkpoint leaves out, such as rotary frequencies: a model cast to bf16 has rounded ones."""
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in kept and buffer.is_floating_point()}
+    return {name: buffer.detach().cpu().contiguous().clone() for name, buffer in buffers.items()}
 
 
 def _counted_bits(layers: dict[str, Any], rest: dict[str, Tensor]) -> int:
@@ -168,6 +177,9 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> Any:
     modules = dict(model.named_modules())
     for name, layer in manifest["layers"].items():
         _put_codes(modules[name], name, layer, tensors)
+    for name in manifest["computed_buffers"]:
+        owner, _, buffer = name.rpartition(".")
+        setattr(model.get_submodule(owner), buffer, tensors.pop(name))
     for alias, name in manifest["tied"].items():
         tensors[alias] = tensors[name]
     result = model.load_state_dict(tensors, strict=False, assign=True)

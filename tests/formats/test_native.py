@@ -29,6 +29,13 @@ def bf16_llama():
     return model
 
 
+def rounded_llama():
+    """As a `bf16-true` run leaves it: rotary frequencies are rounded too, which no state_dict tells."""
+    return llama().bfloat16()
+
+
+ROTARY = 2 * 16  # inv_freq and original_inv_freq of heads with 32 features
+
 CASES = {
     "w4a8kv4": (llama, "w4a8kv4"),
     "w2a8kv4": (llama, "w2a8kv4"),
@@ -46,6 +53,7 @@ CASES = {
     "tied-all-layers": (tied_llama, EVERYTHING),
     "all-layers": (llama, EVERYTHING),
     "bf16-model": (bf16_llama, "w4a8kv4"),
+    "bf16-true": (rounded_llama, "w4a8kv4"),
     "gpt2": (gpt2, "w4a8kv4"),
     "opt": (opt, "w4a8"),
     "qwen3": (qwen3, "w4a8kv4"),
@@ -181,7 +189,7 @@ def test_the_file_is_as_large_as_its_counted_bits(scheme, bits, tmp_path):
     model = quantized(lambda: llama(**WIDE), scheme)
     folder = export(model, tmp_path / "out")
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["counted_bits"] == bits + REST * 32
+    assert manifest["counted_bits"] == bits + (REST + ROTARY) * 32
     assert manifest["effective_bits"] == pytest.approx(bits / LINEARS, rel=1e-12)
     content = (folder / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
