@@ -66,7 +66,7 @@ def fit(scheme: QuantScheme, data: SyntheticDataModule, steps: int, rate: float,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--samples", type=int, default=1984)
+    parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--store", type=Path, default=Path("runs/reference_recipe"))
@@ -86,7 +86,7 @@ def main() -> None:
     runs = []
     for seed in args.seeds:
         data = SyntheticDataModule(
-            TINY_TEACHER, args.samples, 256, batch_size=8, seed=seed, store=args.store / str(seed), rows=128, dtype="bfloat16"
+            TINY_TEACHER, args.samples, 256, batch_size=8, seed=seed, store=args.store / str(seed), rows=256
         )
         for name, rates in (("ours", [OUR_RATE]), ("reference", args.rates)):
             for rate in rates:
