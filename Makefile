@@ -37,7 +37,7 @@ check: $(STAMP) ## ruff, mypy, import contracts, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-bench: $(STAMP) ## LLM-QAT against the reference's recipe, three seeds (about 40 minutes on 2 cores)
+bench: $(STAMP) ## LLM-QAT against the reference recipe, three seeds (about 35 minutes on 2 cores)
 	$(BIN)/python benchmarks/reference_recipe.py
 
 $(DOCS_STAMP): $(STAMP)
@@ -45,7 +45,7 @@ $(DOCS_STAMP): $(STAMP)
 	touch $(DOCS_STAMP)
 
 docs: $(DOCS_STAMP) ## build the documentation, warnings are errors
-	$(BIN)/mkdocs build --strict -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 clean: ## remove what was built, keep runs/
 	rm -rf $(VENV) site *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def run(command: str, args: Sequence[str]) -> int:
     """Run one command; a user's mistake becomes one line and exit status 2."""
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch, nothing a user can change
     try:
         if command in COMMANDS:
             prog = f"lightning-qat {command}"

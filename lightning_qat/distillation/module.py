@@ -25,6 +25,7 @@ class DistillationModule(pl.LightningModule):
 
     Batches are dictionaries with ``input_ids`` and ``attention_mask`` (int64, [batch, tokens]), as
     :class:`~lightning_qat.SyntheticDataModule` gives. The teacher is frozen, stays in eval mode and is never saved in checkpoints.
+    Training logs ``train/loss`` and, at the Trainer's logging interval, ``train/kl``.
     Validation logs ``val/kl``, ``val/top1`` and ``val/ppl_generated`` on generated samples and ``val/ppl_text`` on real text.
 
     Args:
@@ -116,9 +117,17 @@ class DistillationModule(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """One batch of generated samples."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        loss = self.loss(self(ids, mask), self.teacher_logits(ids, mask), mask)
+        logits, teacher = self(ids, mask), self.teacher_logits(ids, mask)
+        loss = self.loss(logits, teacher, mask)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(ids))
+        if self._logs_now():
+            # The loss moves with the entropy of each batch; what training can change is the KL divergence.
+            self.log("train/kl", kl_divergence(logits.detach(), teacher, mask), batch_size=len(ids))
         return loss
+
+    def _logs_now(self) -> bool:
+        trainer = getattr(self, "_trainer", None)
+        return trainer is not None and (self.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0
 
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -22,13 +22,14 @@ def _axes(title: str) -> tuple[Any, Any]:
 
 
 def plot_loss(metrics: Path, out: Path, scheme: str) -> None:
-    """The training loss of one run, from Lightning's CSV logger."""
+    """The distance to the teacher in one run, from Lightning's CSV logger."""
     with open(metrics, encoding="utf-8") as file:
-        rows = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file) if row.get("train/loss")]
-    figure, axes = _axes(f"Distillation loss, {scheme}")
+        rows = [(int(row["step"]), float(row["train/kl"])) for row in csv.DictReader(file) if row.get("train/kl")]
+    figure, axes = _axes(f"Distillation, {scheme}")
     axes.plot([step for step, _ in rows], [loss for _, loss in rows], color=COLORS[2], linewidth=1.6)
     axes.set_xlabel("step")
-    axes.set_ylabel("soft cross-entropy, nats per token")
+    axes.set_ylabel("KL(teacher || student), nats per token")
+    axes.set_ylim(bottom=0)
     figure.savefig(out)
 
 
