@@ -4,8 +4,8 @@
 
 The reference recipe, from the paper's released code as facts (clean room): the straight-through estimator of weights and inputs is masked
 at |x| >= 2; the loss is the KL divergence summed over tokens and divided by the batch size only; gradients are clipped to norm 1; AdamW,
-cosine schedule, no weight decay; the rate is the best of four. Ours is the demo's YAML with fewer steps. Everything else is the same for both, in the
-reference's favour: the grid, fp32 master weights (its code trains bf16 ones), and unmasked gradients of keys and values.
+cosine schedule, no weight decay; the rate is the best of four. Ours is the demo's YAML with fewer steps. Everything else is the same for
+both, in the reference's favour: the grid, fp32 master weights (its code trains bf16 ones), unmasked gradients of keys and values.
 Evaluation: held-out text, windows of 512 tokens; `recovered` = (rtn - qat) / (rtn - full precision).
 """
 

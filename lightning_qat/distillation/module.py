@@ -116,7 +116,7 @@ class DistillationModule(pl.LightningModule):
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """One batch of generated samples."""
-        ids, mask = batch["input_ids"], batch["attention_mask"]
+        ids, mask = _read_batch(batch)
         logits, teacher = self(ids, mask), self.teacher_logits(ids, mask)
         loss = self.loss(logits, teacher, mask)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(ids))
@@ -132,7 +132,7 @@ class DistillationModule(pl.LightningModule):
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Generated samples against the teacher; real text on its own."""
-        ids, mask = batch["input_ids"], batch["attention_mask"]
+        ids, mask = _read_batch(batch)
         logits = self(ids, mask)
         options: dict[str, Any] = {"batch_size": len(ids), "add_dataloader_idx": False}
         if batch.get("source") == "text":
@@ -184,3 +184,13 @@ class DistillationModule(pl.LightningModule):
         """Insert the quantizers that the checkpoint was trained with, unless they are there."""
         if checkpoint.get("quantization_scheme") is not None and scheme_of(self.student) is None:
             insert_quantizers(self.student, QuantScheme.parse(checkpoint["quantization_scheme"]), allow_partial=True)
+
+
+def _read_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    """(ids, mask), [batch, tokens]; without a mask every token counts."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise MisconfigurationException(
+            f"data: got a batch of type {type(batch).__name__}, expected a dictionary with 'input_ids' and 'attention_mask'"
+        )
+    mask = batch.get("attention_mask")
+    return batch["input_ids"], torch.ones_like(batch["input_ids"]) if mask is None else mask
