@@ -28,7 +28,7 @@ from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_
 from lightning_qat.generation import TINY_TEACHER, load_causal_lm, load_tokenizer
 
 RATES = (2e-5, 1e-4, 5e-4, 1e-3)
-OUR_RATE = 5e-4
+OUR_RATE = 2e-3
 CLIP = {"ste": "clip", "clip_value": 2.0}
 
 
@@ -47,13 +47,18 @@ def reference_scheme() -> QuantScheme:
 
 def fit(scheme: QuantScheme, data: SyntheticDataModule, steps: int, rate: float, seed: int, reference: bool) -> Any:
     pl.seed_everything(seed, verbose=False)
+    schedulers = torch.optim.lr_scheduler
     module = DistillationModule(
         TINY_TEACHER,
         loss=ReferenceLoss() if reference else None,
         optimizer=lambda parameters: torch.optim.AdamW(
-            parameters, lr=rate, betas=(0.9, 0.999) if reference else (0.9, 0.98), weight_decay=0.0, fused=not reference
+            parameters, lr=rate, betas=(0.9, 0.999) if reference else (0.9, 0.95), weight_decay=0.0, fused=not reference
         ),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        lr_scheduler=lambda optimizer: (
+            schedulers.CosineAnnealingLR(optimizer, steps)
+            if reference
+            else schedulers.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+        ),
     )
     trainer = pl.Trainer(
         max_steps=steps, accelerator="cpu", precision="bf16-mixed", logger=False, enable_checkpointing=False, enable_model_summary=False,
@@ -71,6 +76,9 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--store", type=Path, default=Path("runs/reference_recipe"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/reference_recipe.json"))
+    parser.add_argument(
+        "--log", type=Path, default=Path("runs/reference_recipe.json"), help="finished runs; an interrupted benchmark goes on"
+    )
     args = parser.parse_args()
     documents, tokenizer = read_documents(HELD_OUT), load_tokenizer(TINY_TEACHER)
     windows = text_windows(tokenizer, documents, 512)
@@ -83,15 +91,19 @@ def main() -> None:
     insert_quantizers(model, "w4a8kv4")
     nearest = perplexity(model)
     schemes = {"ours": QuantScheme.parse("w4a8kv4"), "reference": reference_scheme()}
-    runs = []
+    runs = json.loads(args.log.read_text("utf-8")) if args.log.exists() else []
+    done = {(run["recipe"], run["seed"], run["rate"]) for run in runs}
     for seed in args.seeds:
         data = SyntheticDataModule(TINY_TEACHER, args.samples, 256, batch_size=8, seed=seed, store=args.store / str(seed), rows=256)
         for name, rates in (("ours", [OUR_RATE]), ("reference", args.rates)):
             for rate in rates:
+                if (name, seed, rate) in done:
+                    continue
                 student = fit(schemes[name], data, args.steps, rate, seed, reference=name == "reference")
                 ppl = perplexity(student)
                 recovered = (nearest - ppl) / (nearest - full)
                 runs.append({"recipe": name, "seed": seed, "rate": rate, "perplexity": ppl, "recovered": recovered})
+                args.log.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
                 print(runs[-1], flush=True)
     ours = [r["recovered"] for r in runs if r["recipe"] == "ours"]
     best = [max(r["recovered"] for r in runs if r["recipe"] == "reference" and r["seed"] == seed) for seed in args.seeds]

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_qat.callbacks.arming import Arming
 from lightning_qat.callbacks.reach import ReachProbe
 from lightning_qat.modules import InsertionReport, insert_quantizers, named_quantizers
+from lightning_qat.modules.insertion import REACHED_ATTRIBUTE
 from lightning_qat.modules.packed import PackedWeight
 from lightning_qat.scheme import QuantScheme, differences
 
@@ -130,8 +131,10 @@ class QuantizationCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch which quantized layers the first batch reaches."""
-        if self._probe is None:
-            self._probe = ReachProbe(quantization_root(pl_module))
+        root = quantization_root(pl_module)
+        # Once for a module: a compiled graph keeps the hooks of its first trace and would not call later ones.
+        if self._probe is None and not vars(root).get(REACHED_ATTRIBUTE, False):
+            self._probe = ReachProbe(root)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -139,11 +142,17 @@ class QuantizationCallback(Callback):
         if self._probe is not None and self._probe.watching:
             self._probe.remove()
             missed = self._probe.missed()
-            if missed:
-                raise MisconfigurationException(
-                    f"{len(missed)} quantized layers were not called by the first batch, the first are {missed[:3]}; "
-                    "the model bypasses them. Exclude them from the scheme, or call the layers instead of reading their weights"
-                )
+            vars(quantization_root(pl_module))[REACHED_ATTRIBUTE] = not missed
+            if not missed:
+                return
+            message = (
+                f"{len(missed)} quantized layers were not called by the first batch, the first are {missed[:3]}; if the model bypasses "
+                "them, exclude them from the scheme or call the layers instead of reading their weights; if they are used later, pass "
+                "allow_partial=True"
+            )
+            if not self.allow_partial:
+                raise MisconfigurationException(message)
+            rank_zero_warn(message)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -153,8 +162,13 @@ class QuantizationCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained with another scheme."""
-        changed = differences(state_dict["scheme"], self.scheme.to_dict(), "in the checkpoint")
-        if changed:
+        if state_dict.get("format_version") != STATE_VERSION:
+            raise MisconfigurationException(
+                f"QuantizationCallback: the checkpoint's state has version {state_dict.get('format_version')!r}, expected {STATE_VERSION}"
+            )
+        there = QuantScheme.parse(state_dict["scheme"])
+        if there != self.scheme:
+            changed = differences(there.to_dict(), self.scheme.to_dict(), "in the checkpoint")
             raise MisconfigurationException(
                 "QuantizationCallback: the checkpoint was trained with another scheme:\n  " + "\n  ".join(changed)
             )

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 2 after an error in what the user asked for; its message goes to stderr without a traceback.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    from lightning_qat.cli import commands  # torch and transformers load only when a command runs
+    from lightning_qat.cli import commands  # not at the top: it brings torch, and importing this package should not
 
     known = {**TRAINER_COMMANDS, **{name: (function.__doc__ or "").splitlines()[0] for name, function in commands.COMMANDS.items()}}
     if not args or args[0] in ("-h", "--help", "help"):

@@ -1,10 +1,12 @@
 """The commands besides those of the Trainer, each a function whose arguments are its options."""
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import jsonargparse
@@ -134,7 +136,15 @@ def export(checkpoint: str, out: str, format: str = "native") -> None:
 def _load_checkpoint(path: str) -> DistillationModule:
     if not Path(path).is_file():
         raise ValueError(f"checkpoint: no file at {path!r}")
-    return DistillationModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    try:
+        return DistillationModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except TypeError as error:
+        raise ValueError(
+            f"checkpoint: {path!r} does not name its teacher, which was a model in memory; load it in Python with "
+            "DistillationModule.load_from_checkpoint(path, teacher=model)"
+        ) from error
+    except (RuntimeError, KeyError, UnpicklingError) as error:
+        raise ValueError(f"checkpoint: {path!r} is not a checkpoint of a DistillationModule: {error}") from error
 
 
 def _load_any(model: str) -> tuple[Any, Any]:
@@ -157,7 +167,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def run(command: str, args: Sequence[str]) -> int:
-    """Run one command; a user's mistake becomes one line and exit status 2."""
+    """Run one command; a user's mistake becomes one message and exit status 2.
+
+    LIGHTNING_QAT_TRACEBACK=1 in the environment shows where an error comes from instead.
+    """
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # between Lightning and torch, nothing a user can change
     try:
@@ -167,6 +180,8 @@ def run(command: str, args: Sequence[str]) -> int:
         else:
             run_trainer_command([command, *args])
     except (ValueError, MisconfigurationException) as error:
+        if os.environ.get("LIGHTNING_QAT_TRACEBACK"):
+            raise
         print(f"lightning-qat {command}: error: {brief(str(error))}", file=sys.stderr)
         return 2
     return 0

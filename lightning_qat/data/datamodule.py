@@ -1,5 +1,6 @@
 """The teacher's generations as training data: LLM-QAT (arXiv 2305.17888), section 3.1."""
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -132,22 +133,19 @@ class SyntheticDataModule(pl.LightningDataModule):
         if isinstance(self.teacher, str):
             model = load_causal_lm(self.teacher, self.dtype)
         else:
-            model = cast_parameters(copy.deepcopy(check_causal_lm(self.teacher, "teacher")), getattr(torch, self.dtype)).eval()
+            check_causal_lm(self.teacher, "teacher")
+            model = cast_parameters(copy.deepcopy(self.teacher), getattr(torch, self.dtype)).eval()
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
         return model.to(device)
 
     def _generate(self, model: Any, store: GenerationStore, allowed: list[int]) -> None:
-        """Write this rank's missing tiles; all ranks leave together."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        missing = store.missing(self.tiles)
-        mine = [tile for tile in missing if tile % world == rank]
-        if mine and rank == 0:
-            with store.writing():
-                self._write_tiles(model, store, allowed, mine, visible=True)
-        else:
-            self._write_tiles(model, store, allowed, mine, visible=False)
-        if self.trainer is not None:
-            self.trainer.strategy.barrier("lightning_qat.generation")
+        """Write this rank's share of the missing tiles; rank 0 holds the store, and all ranks come and leave together."""
+        rank, world = self._place()
+        with store.writing() if rank == 0 else contextlib.nullcontext():
+            missing = store.missing(self.tiles) if self.trainer is None else self.trainer.strategy.broadcast(store.missing(self.tiles))
+            self._write_tiles(model, store, allowed, missing[rank::world], visible=rank == 0)
+            if self.trainer is not None:
+                self.trainer.strategy.barrier("lightning_qat.generation")
         if (left := store.missing(self.tiles)) != []:
             raise ValueError(f"store: tiles {left[:5]} are missing from {str(store.folder)!r} after generation; is it a shared folder?")
 
@@ -166,15 +164,19 @@ class SyntheticDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Shuffled batches; the order depends on `seed` and the epoch, and a resumed epoch goes on where it was left."""
         assert self.train_dataset is not None
-        order = EpochOrder(len(self.train_dataset), self.settings.seed, self._consumed)
+        rank, world = self._place()
+        order = EpochOrder(len(self.train_dataset), self.settings.seed, self._consumed, world, rank)
         return self._loader(self.train_dataset, sampler=order)
 
+    def _place(self) -> tuple[int, int]:
+        """(rank, number of ranks)."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
     def _consumed(self) -> int:
-        """Samples of this epoch that were trained on before the run was interrupted, over all ranks."""
-        if self.trainer is None:
+        """This rank's samples of the epoch that were trained on before the run was interrupted."""
+        if self.trainer is None or not self.trainer.training:
             return 0
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        return batches * self.batch_size * self.trainer.world_size
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.completed) * self.batch_size
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
         """Generated samples that are never trained on, and windows of real text; each where there are any."""

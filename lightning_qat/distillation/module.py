@@ -67,7 +67,8 @@ class DistillationModule(pl.LightningModule):
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         if gradient_checkpointing:
             # Newer transformers renamed the method and warn about the old name.
-            getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)()
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            getattr(self.student, next(name for name in names if hasattr(self.student, name)))()
         self.ppl_text, self.ppl_generated = TokenPerplexity(), TokenPerplexity()
         self.kl, self.top1 = MeanMetric(), MeanMetric()
 
@@ -76,8 +77,10 @@ class DistillationModule(pl.LightningModule):
             same = isinstance(teacher, nn.Module) or next(self.teacher.parameters()).dtype == torch.float32
             model = copy.deepcopy(self.teacher) if same else load_causal_lm(str(teacher), "float32")
             return cast_parameters(model, torch.float32).requires_grad_(True).train()
+        if student is teacher and not isinstance(student, str):
+            raise ValueError("student: is the teacher itself; pass None for a copy of it")
         model = load_causal_lm(student, "float32") if isinstance(student, str) else check_causal_lm(student, "student")
-        return model.train()
+        return cast_parameters(model, torch.float32).train()
 
     def _check_vocabularies(self) -> None:
         sizes = [model.get_input_embeddings().weight.shape[0] for model in (self.teacher, self.student)]

@@ -85,6 +85,12 @@ def score_text(
     Raises:
         ValueError: No windows.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    config = getattr(model, "config", None)
+    limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and windows and (longest := max(len(window) for window in windows)) > limit:
+        raise ValueError(f"context: got windows of {longest} tokens, the model has {limit} positions")
     if not windows:
         raise ValueError("text: no window has two tokens or more; nothing can be scored")
     metric, training = TokenPerplexity(), model.training

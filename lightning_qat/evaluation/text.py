@@ -57,6 +57,8 @@ def text_windows(tokenizer: Any, documents: Sequence[str], length: int) -> list[
     Returns:
         int64 tensors of 2 to `length` tokens.
     """
+    if length < 2:
+        raise ValueError(f"context: got {length}, expected at least 2 tokens")
     windows = []
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for document in documents:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_qat.modules import scheme_of
+from lightning_qat.modules.insertion import quantized_roots
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.registry import Registry
 
@@ -52,6 +53,11 @@ def export(model: nn.Module, path: str | Path, format: str = "native", drop: tup
         raise ValueError(
             "export: the model holds no quantizers; call insert_quantizers(model, scheme) with the scheme it was trained with (also after "
             "load_from_checkpoint), or train with QuantizationCallback first"
+        )
+    if len(roots := quantized_roots(model)) > 1:
+        raise ValueError(
+            f"export: quantizers were inserted below {roots[0]!r} and {roots[1]!r} on their own; insert once at their common parent "
+            "(with overrides), or export each part"
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"path: {str(target)!r} exists and is not an empty folder; choose another one")

@@ -1,7 +1,7 @@
 """The native format, version 1: everything the library can express, in two files.
 
     model.safetensors     <layer>.packed       uint8 [out, bytes]: codes, low bit first, each row on a byte of its own
-                          <layer>.scale        [out, blocks] in the scheme's scale dtype
+                          <layer>.scale        [out], [out, groups] or [1], in the scheme's scale dtype
                           <layer>.zero_point   uint8 [1, bytes]: packed like the codes, in the order of the scales; on asymmetric grids
                           every other parameter and buffer under its own name and dtype
     manifest.json         format version, scheme, per layer (bits, shape, dtype), tied names, effective bits, checksums, versions
@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_qat.formats.base import Format, formats
 from lightning_qat.formats.skeleton import build_transformers_model
-from lightning_qat.generation import has_tokenizer
+from lightning_qat.generation import has_tokenizer, load_tokenizer
 from lightning_qat.modules import QuantLayer, insert_quantizers, remove_quantizers, scheme_of
 from lightning_qat.modules.insertion import quantized_root
 from lightning_qat.modules.layer import quant_layers
@@ -64,7 +64,7 @@ class NativeFormat(Format):
             "tied": tied,
             "computed_buffers": sorted(computed),
             "dropped": [],
-            "sha256": {file.name: _sha256(file) for file in sorted(folder.iterdir())},
+            "sha256": {file.relative_to(folder).as_posix(): _sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()},
             "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -138,11 +138,12 @@ def _save_company(model: nn.Module, folder: Path) -> None:
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     source = model.config._name_or_path
-    if source and Path(source).is_dir():
-        if has_tokenizer(source):
-            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-        elif not (Path(source) / MANIFEST).exists():
-            warnings.warn(f"export: {source!r} holds no tokenizer; save one into the exported folder yourself", stacklevel=2)
+    if not source or ((Path(source) / MANIFEST).exists() and not has_tokenizer(source)):
+        return
+    try:
+        load_tokenizer(source).save_pretrained(folder)
+    except ValueError as error:
+        warnings.warn(f"export: {error}; save a tokenizer into the exported folder yourself", stacklevel=2)
 
 
 def _sha256(file: Path) -> str:
@@ -206,7 +207,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{FORMAT!r} version {FORMAT_VERSION}"
         )
     for name, digest in manifest["sha256"].items():
-        file = folder / Path(name).name
+        file = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise ValueError(f"path: the manifest names a file outside its folder: {name!r}")
         if not file.is_file() or _sha256(file) != digest:
             raise ValueError(f"path: {str(file)!r} is missing or damaged (checksum differs from the manifest); export again")
     return manifest

@@ -41,4 +41,7 @@ def build_transformers_model(folder: Path, class_name: str) -> Any:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"path: cannot read a configuration from {str(folder)!r}: {error}") from error
     with _parameters_on_meta():
-        return cls(config)
+        model = cls(config)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lightning_qat.modules import scheme_of
+
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 TINY_TEACHER = "tiny-teacher"  # the bundled teacher's name wherever a path or hub id is expected
@@ -66,6 +68,8 @@ def check_causal_lm(model: Any, field: str) -> Any:
     """
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(f"{field}: got a {type(model).__name__}, expected a causal language model of transformers, a folder or a hub id")
+    if field == "teacher" and scheme_of(model) is not None:
+        raise ValueError("teacher: holds quantizers; pass the float model, or call remove_quantizers on it first")
     return model
 
 

@@ -17,6 +17,7 @@ from lightning_qat.modules.side_doors import close_side_doors, open_side_doors
 from lightning_qat.scheme import QuantScheme, differences
 
 SCHEME_ATTRIBUTE = "quantization_scheme"
+REACHED_ATTRIBUTE = "quantizers_reached"  # set once a training batch has called every quantized layer
 
 
 def insert_quantizers(model: nn.Module, scheme: str | QuantScheme, *, allow_partial: bool = False, final: bool = True) -> InsertionReport:
@@ -75,6 +76,7 @@ def remove_quantizers(model: nn.Module) -> None:
         if isinstance(module, QuantLayer):
             module.detach()
         vars(module).pop(SCHEME_ATTRIBUTE, None)
+        vars(module).pop(REACHED_ATTRIBUTE, None)
         open_side_doors(module)
 
 
@@ -86,8 +88,12 @@ def scheme_of(model: nn.Module) -> QuantScheme | None:
 
 def quantized_root(model: nn.Module) -> str | None:
     """The dotted name (``""`` for the model itself) below which quantizers were inserted, or None."""
-    roots = (name for name, module in model.named_modules() if SCHEME_ATTRIBUTE in vars(module) and _is_quantized(module))
-    return next(roots, None)
+    return next(iter(quantized_roots(model)), None)
+
+
+def quantized_roots(model: nn.Module) -> list[str]:
+    """All such names; more than one when parts of a model were quantized on their own."""
+    return [name for name, module in model.named_modules() if SCHEME_ATTRIBUTE in vars(module) and _is_quantized(module)]
 
 
 def _is_quantized(model: nn.Module) -> bool:

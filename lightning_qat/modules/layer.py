@@ -83,8 +83,9 @@ class QuantLayer(nn.Module):
     def _compute_weight(self) -> Tensor:
         quantizer = self.weight_quantizer
         assert quantizer is not None
-        matrix = quantizer.dequantize() if isinstance(quantizer, PackedWeight) else quantizer(self.to_matrix(self.weight))
-        return self.from_matrix(matrix)
+        if isinstance(quantizer, PackedWeight):
+            return self.from_matrix(quantizer.dequantize().to(self.weight.dtype))
+        return self.from_matrix(quantizer(self.to_matrix(self.weight)))
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input on its grid; siblings that were handed the same tensor compute it once."""
@@ -107,7 +108,14 @@ def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 
 @contextmanager
 def quantizers_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the model in full precision inside the block; weights stay as trained."""
+    """Run the model in full precision inside the block; weights stay as trained.
+
+    Raises:
+        ValueError: The model was loaded from packed codes and has no float weights.
+    """
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+    if packed:
+        raise ValueError(f"quantizers_disabled: {packed[0]} holds packed codes, there is no full precision to run in")
     before = [(quantizer, quantizer.enabled) for _, quantizer in named_quantizers(model)]
     try:
         for quantizer, _ in before:

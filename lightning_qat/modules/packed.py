@@ -1,5 +1,7 @@
 """A weight as it is stored: packed codes, scales, and nothing else."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ class PackedWeight(nn.Module):
         spec: How the matrix was quantized.
         shape: (out, in).
         dtype: The dtype that :meth:`dequantize` returns.
-        tensors: ``packed`` uint8 [out, bytes], ``scale`` [out, blocks] in the spec's scale dtype, and on asymmetric grids ``zero_point``
+        tensors: ``packed`` uint8 [out, bytes], ``scale`` in the spec's scale dtype ([out], [out, groups] or [1]), and on asymmetric
+            grids ``zero_point``
             uint8 [1, bytes], packed like the codes in the order of the scales.
     """
 
@@ -31,6 +34,13 @@ class PackedWeight(nn.Module):
         self.grid = quantizers.get(spec.quantizer).build_grid(spec)
         for name in ("packed", "scale", "zero_point"):
             self.register_buffer(name, tensors.get(name))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedWeight":
+        """Move, but never cast: a rounded scale would be another model. The layer's weight tells which dtype is wanted."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        return self
 
     def codes(self) -> QuantizedTensor:
         """The integer codes and scales."""

@@ -67,6 +67,7 @@ def _plan_layer(plan: Plan, matcher: Matcher, name: str, module: nn.Module, elem
     if (reason := matcher.excluded(name, module)) is not None:
         return leave(reason, True)
     if isinstance(module, QuantLayer):
+        input = input if module.input_granularities else None
         plan.layers.append((name, module, weight, input))
         return None
     cls = LAYERS.get(type(module))

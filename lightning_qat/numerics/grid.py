@@ -43,8 +43,8 @@ class QuantizedTensor:
 
     Args:
         codes: int8 (uint8 for unsigned 8-bit grids), shape of the quantized tensor.
-        scale: fp32, one element per block of `group_size` codes along the last axis (all of it when `group_size` is None), shape
-            [..., blocks]; shape [1] when one scale serves the whole tensor.
+        scale: At least fp32; one element per row of codes, shape [...], or per group along the last axis, shape [..., groups]; shape [1]
+            when one scale serves the whole tensor.
         zero_point: int16 like `scale`, or None on symmetric grids.
         grid: The integers and the offset.
         group_size: Codes that share a scale along the last axis, or None.

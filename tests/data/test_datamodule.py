@@ -113,9 +113,11 @@ def test_two_processes_share_the_work(shared, tmp_path, monkeypatch):
 
     for i, data in enumerate(modules):
         data.trainer = SimpleNamespace(
-            global_rank=i, world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu"), barrier=barrier)
+            global_rank=i,
+            world_size=2,
+            strategy=SimpleNamespace(root_device=torch.device("cpu"), barrier=barrier, broadcast=lambda x: all_three),
         )
-    rank = 1
+    rank, all_three = 1, [0, 1, 2]
     modules[1].setup("fit")
     assert written == [(1, 1), (0, 0), (0, 2)]
     assert same(samples(modules[0]), samples(shared))

@@ -1,5 +1,6 @@
 """`lightning-qat demo`: generate, insert, distil, evaluate, export, reload in a new process, report."""
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -93,6 +94,8 @@ class Demo:
 
     def __init__(self, folder: Path, seed: int, text: str, fit_args: tuple[str, ...]) -> None:
         self.folder, self.text, self.console, self.watch = folder, text, Console(), Stopwatch()
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("demo: its pictures need matplotlib; pip install 'lightning-qat[plots]'")
         documents = read_documents(text)
         self.tokenizer = load_tokenizer(TINY_TEACHER)
         self.windows = text_windows(self.tokenizer, documents, CONTEXT)
