@@ -14,7 +14,7 @@ from lightning_qat.callbacks.arming import Arming
 from lightning_qat.callbacks.reach import ReachProbe
 from lightning_qat.modules import InsertionReport, insert_quantizers, named_quantizers
 from lightning_qat.modules.insertion import REACHED_ATTRIBUTE
-from lightning_qat.modules.packed import PackedWeight
+from lightning_qat.modules.packed import packed_weights
 from lightning_qat.scheme import QuantScheme, differences
 
 STATE_VERSION = 1
@@ -110,8 +110,7 @@ class QuantizationCallback(Callback):
         """Every parameter that quantizers brought must be trained by some optimizer."""
         held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         root = quantization_root(pl_module)
-        packed = [name for name, module in root.named_modules() if isinstance(module, PackedWeight)]
-        if packed:
+        if packed := packed_weights(root):
             raise MisconfigurationException(
                 f"{packed[0]} holds packed codes of an export, which have no gradient; training from an export is not "
                 "supported yet, continue from a training checkpoint"

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_qat.data.store import GenerationStore
+from lightning_qat.evaluation import pad_batch
 
 
 class GeneratedSamples(Dataset[dict[str, Any]]):
@@ -51,8 +51,5 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         ``input_ids`` and ``attention_mask``, int64 [batch, longest], and ``source``, where the samples come from.
     """
-    sequences = [sample["input_ids"] for sample in samples]
-    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(-1)).long()
+    ids, mask = pad_batch([sample["input_ids"] for sample in samples])
     return {"input_ids": ids, "attention_mask": mask, "source": samples[0]["source"]}

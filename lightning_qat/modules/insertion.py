@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_qat.modules.kv import attach_kv, detach_kv, kv_of
 from lightning_qat.modules.layer import LAYERS, QuantLayer
-from lightning_qat.modules.packed import PackedWeight
+from lightning_qat.modules.packed import packed_weights
 from lightning_qat.modules.planning import check_coverage, plan_insertion, report_plan
 from lightning_qat.modules.report import InsertionReport
 from lightning_qat.modules.shared_input import SIBLINGS, SharedInput
@@ -67,8 +67,7 @@ def remove_quantizers(model: nn.Module) -> None:
     Raises:
         ValueError: The model was loaded from packed codes and has no float weights to return to.
     """
-    packed = [name for name, m in model.named_modules() if isinstance(m, PackedWeight)]
-    if packed:
+    if packed := packed_weights(model):
         raise ValueError(f"remove_quantizers: {packed[0]} holds packed codes, there is no float weight to return to")
     for module in list(model.modules()):
         if kv_of(module) is not None:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.modules.packed import PackedWeight
+from lightning_qat.modules.packed import PackedWeight, packed_weights
 from lightning_qat.modules.shared_input import SharedInput
 from lightning_qat.quantizers import Quantizer, build_quantizer
 from lightning_qat.specs import TensorSpec
@@ -113,8 +113,7 @@ def quantizers_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: The model was loaded from packed codes and has no float weights.
     """
-    packed = [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
-    if packed:
+    if packed := packed_weights(model):
         raise ValueError(f"quantizers_disabled: {packed[0]} holds packed codes, there is no full precision to run in")
     before = [(quantizer, quantizer.enabled) for _, quantizer in named_quantizers(model)]
     try:

@@ -66,6 +66,11 @@ class PackedWeight(nn.Module):
         return f"{self.spec.bits} bits, {self.spec.granularity}, shape={self.shape}"
 
 
+def packed_weights(model: nn.Module) -> list[str]:
+    """Names of the weights that are there only as packed codes."""
+    return [name for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+
+
 def pack_tensors(quantized: QuantizedTensor, spec: TensorSpec) -> dict[str, Tensor]:
     """The tensors of a :class:`PackedWeight`, as they are written to a file."""
     # "float32" means not rounded: scales of a float64 model stay float64.
