@@ -14,7 +14,8 @@ INTEGER_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 OFF = 16  # "16" is the paper's word for not quantized
 GRANULARITIES = ("tensor", "channel", "group", "token", "token_head")
 
-CodeRange = Literal["narrow", "full"]
+CodeRange = Literal["narrow", "full", "unsigned"]
+RangeFinderName = Literal["absmax", "percentile", "mse", "lp"]
 Divisor = Literal["qmax", "half_range"]
 ScaleDtype = Literal["float32", "bfloat16", "float16"]
 RoundVia = Literal["divide", "reciprocal"]
@@ -61,10 +62,15 @@ class TensorSpec:
             a ``token`` (the last axis; for a convolution's input one sample), or a token of one attention head (``token_head``).
         group_size: Elements that share a scale; needed by, and only by, ``granularity="group"``.
         symmetric: Zero sits at code 0; otherwise an integer zero point is stored beside each scale.
-        dynamic: The range is taken from the tensor at hand; static ranges are not implemented yet.
-        range_finder: How the range is found; only ``absmax`` (with `symmetric`: max |x|, else min and max) is implemented yet.
+        axis: The axis of ``granularity="channel"``: each of its indices has a scale over all the rest; None is every row along the last
+            axis, which for a matrix [out, in] is axis 0.
+        zero_point: With ``symmetric=False`` an ``integer`` code (the range includes 0), or a ``float`` value added after scaling.
+        dynamic: The range is taken from the tensor at hand; otherwise from a running range that training updates (``tensor`` only).
+        range_finder: ``absmax`` (with `symmetric` max |x|, else min and max), ``percentile`` of them, or the range with the least error:
+            ``mse``, or ``lp`` for another power. Their settings are `options` of the quantizer.
         options: Settings of the quantizer, checked against its own options dataclass.
-        code_range: ``narrow`` leaves out the most negative code (-7..7 at 4 bits), ``full`` keeps it (-8..7).
+        code_range: ``narrow`` leaves out the most negative code (-7..7 at 4 bits), ``full`` keeps it (-8..7), ``unsigned`` is 0..15, for
+            tensors that are never negative.
         divisor: Largest magnitude over ``qmax`` (7 at 4 bits, 127 at 8) or over half the range (7.5, 127.5).
         scale_dtype: The scale is rounded to this type before codes are computed.
         round_via: ``divide`` computes x / scale, ``reciprocal`` computes x * (1 / scale); they differ by an ulp.
@@ -74,9 +80,11 @@ class TensorSpec:
     quantizer: str = "minmax"
     granularity: Literal["tensor", "channel", "group", "token", "token_head"] = "channel"
     group_size: int | None = None
+    axis: int | None = None
     symmetric: bool = True
+    zero_point: Literal["integer", "float"] = "integer"
     dynamic: bool = True
-    range_finder: Literal["absmax", "mse", "percentile"] = "absmax"
+    range_finder: RangeFinderName = "absmax"
     options: Mapping[str, Any] | None = None
     code_range: CodeRange = "narrow"
     divisor: Divisor = "qmax"
@@ -86,8 +94,9 @@ class TensorSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", _check_bits("TensorSpec", self.bits))
         _choose("TensorSpec", "granularity", self.granularity, GRANULARITIES)
-        _choose("TensorSpec", "range_finder", self.range_finder, ("absmax", "mse", "percentile"))
-        _choose("TensorSpec", "code_range", self.code_range, ("narrow", "full"))
+        _choose("TensorSpec", "zero_point", self.zero_point, ("integer", "float"))
+        _choose("TensorSpec", "range_finder", self.range_finder, ("absmax", "percentile", "mse", "lp"))
+        _choose("TensorSpec", "code_range", self.code_range, ("narrow", "full", "unsigned"))
         _choose("TensorSpec", "divisor", self.divisor, ("qmax", "half_range"))
         _choose("TensorSpec", "scale_dtype", self.scale_dtype, tuple(SCALE_BITS))
         _choose("TensorSpec", "round_via", self.round_via, ("divide", "reciprocal"))
@@ -98,10 +107,14 @@ class TensorSpec:
             )
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"TensorSpec.group_size: got {self.group_size}, allowed are positive integers")
-        if self.range_finder != "absmax":
-            raise ValueError(f"TensorSpec.range_finder: {self.range_finder!r} is not implemented yet; use 'absmax'")
-        if not self.dynamic:
-            raise ValueError("TensorSpec.dynamic: static ranges (dynamic=False) are not implemented yet; use dynamic=True")
+        if self.axis is not None and (self.granularity != "channel" or type(self.axis) is not int):
+            raise ValueError(f"TensorSpec.axis: got {self.axis!r} with granularity={self.granularity!r}; an integer, for 'channel' only")
+        if self.symmetric and self.zero_point != "integer":
+            raise ValueError("TensorSpec.zero_point: got 'float' with symmetric=True, which has no zero point; use symmetric=False")
+        if not self.dynamic and self.granularity != "tensor":
+            raise ValueError(
+                f"TensorSpec.dynamic: got False with granularity={self.granularity!r}; a running range is kept per 'tensor' only"
+            )
         object.__setattr__(self, "options", Options(self.options) if self.options else None)
 
     @property
@@ -123,7 +136,8 @@ class TensorSpec:
 
     def storage_bits(self, rows: int, columns: int) -> int:
         """Exact bits of a stored matrix: codes, scales, and zero points where there are any."""
-        per_scale = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else self.code_bits)
+        per_zero_point = 0 if self.symmetric else SCALE_BITS[self.scale_dtype] if self.zero_point == "float" else self.code_bits
+        per_scale = SCALE_BITS[self.scale_dtype] + per_zero_point
         return rows * columns * self.code_bits + self.scales_in(rows, columns) * per_scale
 
 
@@ -136,7 +150,7 @@ class KVSpec:
         position: ``post_rope`` quantizes what a serving cache stores; ``pre_rope`` the projections' outputs, as the paper does.
         granularity: One scale per token and head (``token_head``), or per token over all heads (``token``).
         past_only: Quantize only the past, not the current token; not implemented yet.
-        quantizer, symmetric, code_range, divisor, scale_dtype, round_via: As in :class:`TensorSpec`.
+        quantizer, symmetric, zero_point, code_range, divisor, scale_dtype, round_via: As in :class:`TensorSpec`.
     """
 
     bits: float | None
@@ -145,6 +159,7 @@ class KVSpec:
     past_only: bool = False
     quantizer: str = "minmax"
     symmetric: bool = True
+    zero_point: Literal["integer", "float"] = "integer"
     code_range: CodeRange = "narrow"
     divisor: Divisor = "qmax"
     scale_dtype: ScaleDtype = "float32"
@@ -168,5 +183,5 @@ class KVSpec:
     @property
     def tensor(self) -> TensorSpec:
         """The same settings for one tensor."""
-        names = ("bits", "granularity", "quantizer", "symmetric", "code_range", "divisor", "scale_dtype", "round_via")
+        names = ("bits", "granularity", "quantizer", "symmetric", "zero_point", "code_range", "divisor", "scale_dtype", "round_via")
         return TensorSpec(**{name: getattr(self, name) for name in names})

@@ -12,9 +12,12 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.arming import Arming
 from lightning_qat.callbacks.reach import ReachProbe
-from lightning_qat.modules import InsertionReport, insert_quantizers, named_quantizers
+from lightning_qat.callbacks.reuse import WeightReuse
+from lightning_qat.modules import InsertionReport, insert_quantizers, named_quantizers, use_int8_forward
 from lightning_qat.modules.insertion import REACHED_ATTRIBUTE
+from lightning_qat.modules.layer import quant_layers
 from lightning_qat.modules.packed import packed_weights
+from lightning_qat.quantizers.running_range import merge_ranges
 from lightning_qat.scheme import QuantScheme, differences
 
 STATE_VERSION = 1
@@ -40,18 +43,23 @@ class QuantizationCallback(Callback):
     Args:
         scheme: A :class:`~lightning_qat.QuantScheme`, a scheme string such as ``w4a8kv4``, or a preset's name.
         allow_partial: Accept that less than 90 % of the matrix weights in reach of the scheme can be quantized.
+        int8_forward: Compute the forward product of linear layers on integer codes, where weights (per output channel) and inputs (per
+            token) are both quantized symmetrically and the machine multiplies int8 faster. It is the same product, without the rounding
+            of operands that a bf16 product has.
 
     Raises:
         ValueError: Unknown scheme.
     """
 
-    def __init__(self, scheme: str | QuantScheme, allow_partial: bool = False) -> None:
+    def __init__(self, scheme: str | QuantScheme, allow_partial: bool = False, int8_forward: bool = False) -> None:
         self.scheme = QuantScheme.parse(scheme)
         self.allow_partial = allow_partial
+        self.int8_forward = int8_forward
         self.report: InsertionReport | None = None
         self._inserted_early = 0
         self._arming: Arming | None = None
         self._probe: ReachProbe | None = None
+        self._reuse = WeightReuse()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -81,6 +89,7 @@ class QuantizationCallback(Callback):
         if self._probe is not None:
             self._probe.remove()
         self._arming = self._probe = None
+        self._reuse.stop()
 
     def _insert(self, pl_module: pl.LightningModule, final: bool = True) -> None:
         try:
@@ -103,7 +112,20 @@ class QuantizationCallback(Callback):
             if inserted or self._inserted_early:
                 rank_zero_info(str(report))
             self.report = replace(report, inserted=inserted + self._inserted_early)
+            if self.int8_forward:
+                self._use_int8(root)
         self._inserted_early = 0 if final else self._inserted_early + inserted
+
+    def _use_int8(self, root: nn.Module) -> None:
+        refused = use_int8_forward(root)
+        if len(refused) == sum(1 for _ in quant_layers(root)):
+            name, reason = next(iter(refused.items()))
+            raise MisconfigurationException(
+                f"int8_forward: no layer of this model can compute on integer codes; {name}: {reason}. Use a scheme such as 'w8a8' or "
+                "'w4a8', or int8_forward=False"
+            )
+        if refused:
+            rank_zero_info(f"int8_forward: {len(refused)} layers compute in floating point: {sorted(set(refused.values()))}")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,6 +148,13 @@ class QuantizationCallback(Callback):
         idle = [name for name, p in root.named_parameters() if p.requires_grad and id(p) not in held and id(p) not in ours]
         if idle:
             rank_zero_warn(f"{len(idle)} parameters of the quantized model are held by no optimizer, the first is {idle[0]!r}")
+        if trainer.accumulate_grad_batches > 1:
+            self._reuse.start(trainer, root, training=True)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Weights may change without an optimizer from here on."""
+        self._reuse.stop()
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -138,6 +167,7 @@ class QuantizationCallback(Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A quantizer that the first batch never called would silently leave its layer in full precision."""
+        merge_ranges(quantization_root(pl_module))
         if self._probe is not None and self._probe.watching:
             self._probe.remove()
             missed = self._probe.missed()
@@ -152,6 +182,36 @@ class QuantizationCallback(Callback):
             if not self.allow_partial:
                 raise MisconfigurationException(message)
             rank_zero_warn(message)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """No weight changes until the end of the loop."""
+        self._reuse.start(trainer, quantization_root(pl_module))
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The end of that."""
+        self._reuse.stop(evaluation=True)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """No weight changes until the end of the loop."""
+        self._reuse.start(trainer, quantization_root(pl_module))
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The end of that."""
+        self._reuse.stop(evaluation=True)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """No weight changes until the end of the loop."""
+        self._reuse.start(trainer, quantization_root(pl_module))
+
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The end of that."""
+        self._reuse.stop(evaluation=True)
 
     @override
     def state_dict(self) -> dict[str, Any]:

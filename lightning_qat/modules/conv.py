@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.modules.layer import QuantLayer, register_layer
+from lightning_qat.modules.layer import QuantLayer, product_dtype, register_layer
 
 if TYPE_CHECKING:
     _ConvBase = nn.Conv2d
@@ -25,18 +25,19 @@ class _QuantConv(QuantLayer, _ConvBase):
         """The inverse view."""
         return matrix.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
-    def quantized_input(self, x: Tensor) -> Tensor:
+    def quantized_input(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A token of a convolution is a whole sample: one scale for all its channels and positions."""
         if self.input_quantizer is None or not self.input_quantizer.enabled:
             return x
         samples = x.flatten(1) if x.dim() == len(self.kernel_size) + 2 else x.reshape(1, -1)
-        values = super().quantized_input(samples).view(x.shape)
+        values = super().quantized_input(samples, dtype).view(x.shape)
         layout = torch.channels_last
         return values.contiguous(memory_format=layout) if x.dim() == 4 and x.is_contiguous(memory_format=layout) else values
 
     def forward(self, input: Tensor) -> Tensor:
         """As the convolution it replaces."""
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        dtype = product_dtype(input)
+        return self._conv_forward(self.quantized_input(input, dtype), self.quantized_weight(dtype), self.bias)
 
 
 @register_layer(nn.Conv1d)

@@ -22,7 +22,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Shape [...] -> [..., features]."""
         quantizer = self.weight_quantizer
-        if isinstance(quantizer, Quantizer) and quantizer.spec.granularity != "tensor" and not self.keep_quantized_weight:
+        if isinstance(quantizer, Quantizer) and quantizer.spec.granularity != "tensor" and self.keeps == "nothing":
             return quantizer(self._look_up(input, self.weight))
         return self._look_up(input, self.quantized_weight())
 

@@ -1,4 +1,4 @@
-"""What every quantized layer shares: where its quantizers hang, how its weight is seen as a matrix, and the two caches.
+"""What every quantized layer shares: where its quantizers hang, how its weight is seen as a matrix, and where values are kept.
 
 A layer becomes quantized by changing its class in place (`nn.Linear` -> `QuantLinear`), so identity, names, tied weights, hooks and
 references survive. A quantizer always sees the weight as a matrix [out, in]; a layer says how to view it so and back.
@@ -6,15 +6,18 @@ references survive. A quantizer always sees the weight as a matrix [out, in]; a 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qat.modules.packed import PackedWeight, packed_weights
 from lightning_qat.modules.shared_input import SharedInput
+from lightning_qat.numerics.fake_quantize import straight_through
 from lightning_qat.quantizers import Quantizer, build_quantizer
 from lightning_qat.specs import TensorSpec
+
+Keeps = Literal["nothing", "without_grad", "always"]
 
 
 class QuantLayer(nn.Module):
@@ -24,6 +27,8 @@ class QuantLayer(nn.Module):
         weight_quantizer: Quantizer of the weight, its packed codes, or None.
         input_quantizer: Quantizer of the input, or None.
         shared_input: The group of siblings that read the same input (q/k/v, gate/up), or None.
+        int8_forward: Whether the forward product may be computed on integer codes (:mod:`~lightning_qat.modules.int8`).
+        keeps: When the quantized weight is kept for the next call (:mod:`~lightning_qat.modules.weight_cache`).
     """
 
     float_type: ClassVar[type[nn.Module]]
@@ -33,7 +38,8 @@ class QuantLayer(nn.Module):
     weight_quantizer: Quantizer | PackedWeight | None
     input_quantizer: Quantizer | None
     shared_input: SharedInput | None
-    keep_quantized_weight: bool
+    int8_forward: bool
+    keeps: Keeps
     kept_weight: Tensor | None
 
     @classmethod
@@ -61,39 +67,73 @@ class QuantLayer(nn.Module):
         """Hang quantizers on a layer whose class was just changed."""
         self.weight_quantizer = None if weight is None else build_quantizer(weight)
         self.input_quantizer = None if input is None else build_quantizer(input)
-        self.shared_input, self.keep_quantized_weight, self.kept_weight = None, False, None
+        self.shared_input, self.int8_forward, self.keeps, self.kept_weight = None, False, "nothing", None
 
     def detach(self) -> None:
         """Become the original layer again."""
-        for name in ("weight_quantizer", "input_quantizer", "shared_input", "keep_quantized_weight", "kept_weight"):
+        for name in ("weight_quantizer", "input_quantizer", "shared_input", "int8_forward", "keeps", "kept_weight"):
             delattr(self, name)
         self.__class__ = self.float_type  # type: ignore[assignment]
 
-    def quantized_weight(self) -> Tensor:
-        """The weight on its grid, in its own shape; computed once inside :func:`cached_weights`."""
+    def quantized_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight on its grid, in its own shape; computed once where values are kept (:mod:`~lightning_qat.modules.weight_cache`).
+
+        Args:
+            dtype: What the product will be computed in, None for the weight's own.
+        """
         quantizer = self.weight_quantizer
         if quantizer is None or (isinstance(quantizer, Quantizer) and not quantizer.enabled):
             return self.weight
-        if not self.keep_quantized_weight or torch.is_grad_enabled():
-            return self._compute_weight()
-        if self.kept_weight is None:
-            self.kept_weight = self._compute_weight()
-        return self.kept_weight
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        if self.keeps == "nothing" or (trains and not self._may_keep_in_training(quantizer)):
+            return self._compute_weight(dtype)
+        if self.kept_weight is None or self.kept_weight.dtype != (dtype or self.weight.dtype):
+            with torch.inference_mode(False), torch.no_grad():
+                self.kept_weight = self._compute_weight(dtype)
+        return straight_through(self.weight, self.kept_weight) if trains else self.kept_weight
 
-    def _compute_weight(self) -> Tensor:
+    def _may_keep_in_training(self, quantizer: nn.Module) -> bool:
+        """In a compiled graph a kept value would be one more output, and repeated calls are merged anyway."""
+        return self.keeps == "always" and not torch.compiler.is_compiling() and getattr(quantizer, "can_share", True)
+
+    def _compute_weight(self, dtype: torch.dtype | None) -> Tensor:
         quantizer = self.weight_quantizer
         assert quantizer is not None
         if isinstance(quantizer, PackedWeight):
-            return self.from_matrix(quantizer.dequantize().to(self.weight.dtype))
-        return self.from_matrix(quantizer(self.to_matrix(self.weight)))
+            return self.from_matrix(quantizer.dequantize().to(dtype or self.weight.dtype))
+        return self.from_matrix(quantizer(self.to_matrix(self.weight), dtype))
 
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """The input on its grid; siblings that were handed the same tensor compute it once."""
-        if self.input_quantizer is None or not self.input_quantizer.enabled:
+    def quantized_input(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The input on its grid, in `dtype`; siblings that were handed the same tensor compute it once."""
+        quantizer = self.input_quantizer
+        if quantizer is None or not quantizer.enabled or x.numel() == 0:
             return x
-        if self.shared_input is not None:
-            return self.shared_input.quantize(self.input_quantizer, x)
-        return self.input_quantizer(x)
+        if self.shared_input is None:
+            return quantizer(x, dtype)
+        return straight_through(x, self.shared_input.take(self, x, dtype, lambda: quantizer(x, dtype)))
+
+    def train(self, mode: bool = True) -> "QuantLayer":
+        """Changing the mode drops the kept weight: averaged weights may be swapped in between."""
+        if mode != self.training:
+            self.kept_weight = None
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantLayer":
+        self.kept_weight = None
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.kept_weight = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def product_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes matrix products of `x` in, None where it leaves them alone."""
+    kind = x.device.type
+    eligible = x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if eligible and torch.is_autocast_enabled(kind) else None
 
 
 def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
@@ -123,23 +163,6 @@ def quantizers_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, enabled in before:
             quantizer.enabled = enabled
-
-
-@contextmanager
-def cached_weights(model: nn.Module) -> Iterator[None]:
-    """Quantize each weight once inside the block; for evaluation and generation, where no weight changes.
-
-    Bound to a block of code and not to "has it changed": fused optimizers, sharded parameters and writes through ``.data`` change
-    weights without a trace. Calls with gradients enabled never read the cache.
-    """
-    layers = [layer for _, layer in quant_layers(model)]
-    try:
-        for layer in layers:
-            layer.keep_quantized_weight = True
-        yield
-    finally:
-        for layer in layers:
-            layer.keep_quantized_weight, layer.kept_weight = False, None
 
 
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {}

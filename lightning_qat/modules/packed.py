@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_qat.numerics.grid import QuantizedTensor
 from lightning_qat.numerics.packing import pack, unpack
 from lightning_qat.numerics.ranges import SCALE_DTYPES
-from lightning_qat.quantizers import quantizers
+from lightning_qat.quantizers import blocking_of, quantizers
 from lightning_qat.specs import TensorSpec
 
 
@@ -20,8 +20,7 @@ class PackedWeight(nn.Module):
         shape: (out, in).
         dtype: The dtype that :meth:`dequantize` returns.
         tensors: ``packed`` uint8 [out, bytes], ``scale`` in the spec's scale dtype ([out], [out, groups] or [1]), and on asymmetric
-            grids ``zero_point``
-            uint8 [1, bytes], packed like the codes in the order of the scales.
+            grids ``zero_point``: uint8 [1, bytes], packed like the codes in the order of the scales, or like `scale` where it is a value.
     """
 
     packed: Tensor
@@ -37,23 +36,28 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedWeight":
         """Move, but never cast: a rounded scale would be another model. The layer's weight tells which dtype is wanted."""
-        scale = self.scale
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)
+        for name, buffer in before.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
         return self
 
     def codes(self) -> QuantizedTensor:
         """The integer codes and scales."""
         bits = self.spec.code_bits
         codes = unpack(self.packed, bits, self.grid.qmin, self.shape[1])
-        packed = self.zero_point
-        zero_point = None if packed is None else unpack(packed, bits, 0, self.scale.numel()).view_as(self.scale)
+        scale = self.scale.to(torch.promote_types(self.scale.dtype, torch.float32))
+        zero_point = self.zero_point
+        if zero_point is not None and self.grid.zero == "float":
+            zero_point = zero_point.to(scale.dtype)
+        elif zero_point is not None:
+            zero_point = unpack(zero_point, bits, 0, scale.numel()).view_as(scale)
         return QuantizedTensor(
-            codes=codes.to(torch.int8 if self.grid.qmax <= 127 else torch.uint8),
-            scale=self.scale.to(torch.promote_types(self.scale.dtype, torch.float32)),
+            codes=codes.to(self.grid.code_dtype),
+            scale=scale,
             zero_point=zero_point,
             grid=self.grid,
-            group_size=self.spec.group_size,
+            blocking=blocking_of(self.spec),
             dtype=self.dtype,
         )
 
@@ -79,6 +83,8 @@ def pack_tensors(quantized: QuantizedTensor, spec: TensorSpec) -> dict[str, Tens
         "packed": pack(quantized.codes, spec.code_bits, quantized.grid.qmin),
         "scale": quantized.scale.to(dtype).contiguous(),
     }
-    if quantized.zero_point is not None:
+    if quantized.zero_point is not None and quantized.grid.zero == "float":
+        tensors["zero_point"] = quantized.zero_point.to(dtype).contiguous()
+    elif quantized.zero_point is not None:
         tensors["zero_point"] = pack(quantized.zero_point.reshape(1, -1), spec.code_bits, 0)
     return tensors

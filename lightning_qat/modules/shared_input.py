@@ -4,11 +4,11 @@ The first sibling computes the values, the last one drops them, so nothing outli
 own straight-through estimator, so no graph node is shared (which breaks under activation checkpointing).
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
-from lightning_qat.numerics.fake_quantize import straight_through
-from lightning_qat.quantizers import Quantizer
+import torch
+from torch import Tensor, nn
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -27,28 +27,28 @@ class SharedInput:
     def clear(self) -> None:
         """Forget the input at hand."""
         self._source: Tensor | None = None
-        self._values: Tensor | None = None
+        self._dtype: torch.dtype | None = None
+        self._values: Any = None
         self._served: list[int] = []
         self._asked = 0
 
-    def quantize(self, quantizer: Quantizer, x: Tensor) -> Tensor:
-        """The values of `x` on the grid.
+    def take(self, sibling: nn.Module, x: Tensor, dtype: torch.dtype | None, compute: Callable[[], Any]) -> Any:
+        """What `compute` makes of `x` (without gradients), for one sibling.
 
-        Computed anew when a sibling brings another tensor (cross-attention), or asks a second time (it runs alone, and the tensor may
-        have been written to in between). Dropped when every sibling was served, or after as many calls as there are siblings.
+        Computed anew when a sibling brings another tensor (cross-attention) or dtype, or asks a second time (it runs alone, and the tensor
+        may have been written to in between). Dropped when every sibling was served, or after as many calls as there are siblings.
         """
-        asked = self._asked + 1
-        if self._source is not x or id(quantizer) in self._served:
-            asked = 1 if id(quantizer) in self._served else asked
+        again, asked = id(sibling) in self._served, self._asked + 1
+        if self._source is not x or self._dtype != dtype or again:
+            asked = 1 if again else asked
             with torch.no_grad():
-                self._source, self._values, self._served = x, quantizer(x), []
+                self._source, self._dtype, self._values, self._served = x, dtype, compute(), []
         values = self._values
-        assert values is not None
-        self._served.append(id(quantizer))
+        self._served.append(id(sibling))
         self._asked = asked
         if asked >= self.size:
             self.clear()
-        return straight_through(x, values)
+        return values
 
     def __getstate__(self) -> dict[str, int]:
         return {"size": self.size}

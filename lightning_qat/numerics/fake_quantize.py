@@ -1,58 +1,101 @@
 """Fake quantization: the values of the codes in the forward pass, a written-out straight-through estimator in the backward pass.
 
-By definition the result is `decode(encode(x))`; there is no second formula. Gradients are never left to autograd of `torch.clamp`,
-whose gradient at the bounds differs between torch versions.
+By definition the result is `decode(encode(x))`; there is no second formula. Gradients are never left to autograd of `torch.clamp`, whose
+gradient at the bounds differs between torch versions; masks are written out, bounds inclusive:
+
+    dy/dx       1; with ``mask`` 0 where the code had to be clamped; with ``clip`` 0 where |x| >= the bound (LLM-QAT's reference code)
+    dy/dscale   codes - zero_point + offset - x / scale inside, codes - zero_point + offset where clamped       (LSQ; EfficientQAT App. B)
+    dy/dzero    0 inside, -scale where clamped; for a float zero point 0 inside, 1 where clamped
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_qat.numerics.grid import Grid, QuantizedTensor, as_blocks, cast, decode, encode
+from lightning_qat.numerics.backends import choice, reference
+from lightning_qat.numerics.blocks import Blocking
+from lightning_qat.numerics.grid import Grid, QuantizedTensor, encode, position
+from lightning_qat.numerics.packing import pack_bits
+from lightning_qat.numerics.ranges import RangeFinder
+
+STE = Literal["identity", "mask", "clip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What one fake quantization does, apart from its tensors; hashable.
+
+    Args:
+        grid: The code grid.
+        finder: Finds the range of each row on the way; None where scales are given.
+        ste: The estimator of the gradient of `x`.
+        clip_value: The bound of ``clip``.
+    """
+
+    grid: Grid
+    finder: RangeFinder | None = None
+    ste: STE = "identity"
+    clip_value: float = 2.0
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Identity straight-through estimator; with `clip`, zero gradient where |x| >= clip (the LLM-QAT reference code)."""
+    """The identity saves nothing, masks are saved as bits; only scales that are trained need `x` again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, block: tuple[int | None, bool], clip: float | None
-    ) -> Tensor:
-        ctx.save_for_backward(None if clip is None else x.abs() >= clip)
-        blocks = as_blocks(x, *block)
-        return cast(decode(encode(blocks, scale, zero_point, grid), scale, zero_point, grid), x.dtype).reshape(x.shape)
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, how: Rounding, dtype: torch.dtype) -> Tensor:
+        ctx.how, ctx.x_dtype, ctx.trains_scale = how, x.dtype, any(ctx.needs_input_grad[1:3])
+        mask = None
+        if how.ste == "clip":
+            mask = pack_bits(x.abs() >= how.clip_value)
+        elif how.ste == "mask" and scale is not None:
+            mask = choice.outside_bits(x, scale, zero_point, how.grid)
+        ctx.save_for_backward(mask, *((x, scale, zero_point) if ctx.trains_scale else ()))
+        if scale is not None:
+            return choice.fake_quantize(x, scale, zero_point, how.grid, dtype)
+        assert how.finder is not None
+        return choice.fake_quantize_dynamic(x, how.finder, how.grid, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (mask,) = ctx.saved_tensors
-        return grads[0] if mask is None else grads[0].masked_fill(mask, 0), None, None, None, None, None
+        mask, *given = ctx.saved_tensors
+        grad = grads[0]
+        grad_scale, grad_zero = _range_gradients(grad, *given, ctx.how.grid) if ctx.trains_scale else (None, None)
+        grad_x = grad.to(ctx.x_dtype) if mask is None else choice.masked_gradient(grad, mask, ctx.x_dtype)
+        return grad_x, grad_scale, grad_zero, None, None
 
 
-def fake_quantize_with(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    grid: Grid,
-    group_size: int | None = None,
-    whole: bool = False,
-    clip: float | None = None,
+def _range_gradients(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    clamped = reference.outside(x, scale, zero_point, grid)
+    codes, grad = encode(x, scale, zero_point, grid), grad.to(scale.dtype)
+    steps = codes + grid.offset
+    if grid.zero == "integer" and zero_point is not None:
+        steps = steps - zero_point
+    inside = position(x, scale, zero_point, grid) + grid.offset
+    grad_scale = (grad * (steps - inside.masked_fill(clamped, 0))).sum(-1, keepdim=True)
+    if zero_point is None:
+        return grad_scale, None
+    slope = torch.ones_like(scale) if grid.zero == "float" else -scale
+    return grad_scale, (grad * slope * clamped).sum(-1, keepdim=True)
+
+
+def fake_quantize_rows(
+    x: Tensor, scale: Tensor | None, zero_point: Tensor | None, how: Rounding, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Fake-quantize with a given scale.
+    """Fake-quantize rows.
 
     Args:
-        x: Any shape.
-        scale: At least fp32, shape of the blocks of `x` with a last axis of 1.
+        x: Shape [rows, n].
+        scale: At least fp32, shape [rows, 1], or None to find the range of each row; gets a gradient if it asks for one.
         zero_point: Like `scale`, or None.
-        grid: The code grid.
-        group_size: Elements that share a scale along the last axis, or None.
-        whole: One scale for the whole tensor.
-        clip: Bound of the reference's gradient mask, or None for the paper's identity estimator.
+        how: Everything else.
+        dtype: Dtype of the values, None for that of `x`; the gradient has the dtype of `x` in any case.
 
     Returns:
-        Values on the grid, shape and dtype of `x`.
+        Values on the grid, shape [rows, n].
     """
-    return _FakeQuantize.apply(x, scale, zero_point, grid, (group_size, whole), clip)
+    return _FakeQuantize.apply(x, scale, zero_point, how, dtype or x.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -60,34 +103,43 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        ctx.x_dtype = x.dtype
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None
+        return grads[0].to(ctx.x_dtype), None
 
 
 def straight_through(x: Tensor, values: Tensor) -> Tensor:
-    """`values` with the gradient of `x` (identity estimator)."""
+    """`values` with the gradient of `x` (identity estimator); their dtypes may differ."""
     return _StraightThrough.apply(x, values)
 
 
-def quantize_with(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, group_size: int | None = None, whole: bool = False
-) -> QuantizedTensor:
-    """Integer codes with a given scale (arguments as in :func:`fake_quantize_with`).
+def quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, blocking: Blocking) -> QuantizedTensor:
+    """Integer codes with given scales.
+
+    Args:
+        x: Any shape.
+        scale: At least fp32, shape of the blocks of `x` with a last axis of 1.
+        zero_point: Like `scale`, or None.
+        grid: The code grid.
+        blocking: Which elements of `x` share a scale.
 
     Raises:
         ValueError: A block holds NaN or inf, which no integer code can stand for.
     """
     if not bool(torch.isfinite(scale).all()):
         raise ValueError("quantize_tensor: the tensor holds NaN or inf; integer codes cannot stand for them")
-    codes = encode(as_blocks(x.detach(), group_size, whole), scale, zero_point, grid).reshape(x.shape)
+    codes = encode(blocking.split(x.detach()), scale, zero_point, grid)
+    if zero_point is not None:
+        zero_point = zero_point.detach().squeeze(-1)
+        zero_point = zero_point.to(torch.int16) if grid.zero == "integer" else zero_point
     return QuantizedTensor(
-        codes=codes.to(torch.int8 if grid.qmax <= 127 else torch.uint8),
+        codes=blocking.join(codes.to(grid.code_dtype), x.shape),
         scale=scale.detach().squeeze(-1),
-        zero_point=None if zero_point is None else zero_point.detach().squeeze(-1).to(torch.int16),
+        zero_point=zero_point,
         grid=grid,
-        group_size=group_size,
+        blocking=blocking,
         dtype=x.dtype,
     )

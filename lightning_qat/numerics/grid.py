@@ -1,11 +1,14 @@
 """The contract of a code grid: integer codes, and the values they stand for.
 
-    codes  = clamp(round_half_even(x / scale - offset) + zero_point, qmin, qmax)      encode
-    values = (codes - zero_point + offset) * scale                                    decode
+    zero        codes                                                            values
+    none        clamp(round(x / scale - offset), qmin, qmax)                     (codes + offset) * scale
+    integer     clamp(round(x / scale) + zero_point, qmin, qmax)                 (codes - zero_point) * scale
+    float       clamp(round((x - zero_point) / scale), qmin, qmax)               codes * scale + zero_point
 
-`offset` is 0 for integer grids and 1/2 for the grids without a zero (the +-0.5 and +-1.5 levels of LLM-QAT's 2-bit weights). Both run
-in at least fp32 whatever the dtype of `x`, with a true division; values are cast last. What is trained, converted and exported goes
-through these two functions and no other.
+Rounding is half to even. `offset` is 0 for integer grids and 1/2 for the grids without a zero (the +-0.5 and +-1.5 levels of LLM-QAT's
+2-bit weights). ``float`` is the form of LLM-QAT's reference code and of GGUF's Q4_1: the zero point is a value, not a code. Everything
+runs in at least fp32 whatever the dtype of `x`, with a true division; values are cast last. What is trained, converted and exported goes
+through these functions and no other.
 """
 
 from dataclasses import dataclass
@@ -14,27 +17,42 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_qat.numerics.blocks import Blocking
+
+Zero = Literal["none", "integer", "float"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The integers a code may take, and where they sit.
+    """The integers a code may take, and how a range of values becomes the step between them.
 
     Args:
         qmin: Smallest code.
         qmax: Largest code.
+        divisor: The range (largest magnitude, or ``high - low`` where there is a zero point) is this many steps.
         offset: What is added to a code before scaling: 0, or 0.5 for grids without a zero.
+        zero: What a zero point is: absent, a code, or a value.
+        scale_dtype: Scales (and ``float`` zero points) are rounded to this type before codes are computed.
         round_via: ``divide`` by the scale, or multiply by its ``reciprocal``.
     """
 
     qmin: int
     qmax: int
+    divisor: float
     offset: float = 0.0
+    zero: Zero = "none"
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     round_via: Literal["divide", "reciprocal"] = "divide"
 
     @property
     def levels(self) -> int:
         """How many different values one scale can express."""
         return self.qmax - self.qmin + 1
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The integer type that holds every code."""
+        return torch.int8 if self.qmax <= 127 else torch.uint8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +61,10 @@ class QuantizedTensor:
 
     Args:
         codes: int8 (uint8 for unsigned 8-bit grids), shape of the quantized tensor.
-        scale: At least fp32; one element per row of codes, shape [...], or per group along the last axis, shape [..., groups]; shape [1]
-            when one scale serves the whole tensor.
-        zero_point: int16 like `scale`, or None on symmetric grids.
+        scale: At least fp32, one element per block, shape as :class:`~lightning_qat.numerics.blocks.Blocking` tells.
+        zero_point: Like `scale`; int16 where it is a code, of the scale's dtype where it is a value, None on grids without.
         grid: The integers and the offset.
-        group_size: Codes that share a scale along the last axis, or None.
+        blocking: Which codes share a scale.
         dtype: The dtype that :meth:`dequantize` returns.
     """
 
@@ -55,52 +72,43 @@ class QuantizedTensor:
     scale: Tensor
     zero_point: Tensor | None
     grid: Grid
-    group_size: int | None
+    blocking: Blocking
     dtype: torch.dtype
 
     def dequantize(self) -> Tensor:
         """The values of the codes, in `dtype`; by definition what fake quantization returns."""
-        blocks = as_blocks(self.codes, self.group_size, whole=self.scale.numel() == 1)
         zero_point = None if self.zero_point is None else self.zero_point.unsqueeze(-1)
-        return cast(decode(blocks, self.scale.unsqueeze(-1), zero_point, self.grid), self.dtype).reshape(self.codes.shape)
+        values = decode(self.blocking.split(self.codes), self.scale.unsqueeze(-1), zero_point, self.grid)
+        return self.blocking.join(cast(values, self.dtype), self.codes.shape)
 
 
-def as_blocks(x: Tensor, group_size: int | None, whole: bool = False) -> Tensor:
-    """View `x` so that what shares a scale lies along the last axis.
+def position(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """Where values sit on the grid before rounding and clamping, in steps from the code of zero; a scale of 0 gives 0 steps."""
+    x = x.to(scale.dtype)
+    if grid.zero == "float":
+        assert zero_point is not None
+        x = x - zero_point
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    steps = x / safe if grid.round_via == "divide" else x * (1.0 / safe)
+    return steps - grid.offset if grid.offset else steps
 
-    Args:
-        x: Any shape with at least one axis.
-        group_size: Split the last axis into groups of this size, shape [..., n] -> [..., n / group_size, group_size].
-        whole: One scale for the whole tensor, shape [1, numel].
 
-    Raises:
-        ValueError: `group_size` does not divide the last axis.
-    """
-    if whole:
-        return x.reshape(1, -1)
-    if group_size is None:
-        return x
-    if x.shape[-1] % group_size:
-        raise ValueError(f"group_size: got {group_size} for a last axis of {x.shape[-1]}; it must divide it without rest")
-    return x.unflatten(-1, (-1, group_size))
+def unclamped(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """Codes before they are clamped, as floating-point integers: those outside [qmin, qmax] lie outside the grid."""
+    codes = torch.round(position(x, scale, zero_point, grid))
+    return codes + zero_point if grid.zero == "integer" and zero_point is not None else codes
 
 
 def encode(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     """Codes as floating-point integers, shape of `x`; a scale of 0 (a block of zeros) gives the codes nearest 0."""
-    x = x.to(scale.dtype)
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = x / safe if grid.round_via == "divide" else x * (1.0 / safe)
-    if grid.offset:
-        codes = codes - grid.offset
-    codes = torch.round(codes)
-    if zero_point is not None:
-        codes = codes + zero_point
-    return torch.clamp(codes, grid.qmin, grid.qmax)
+    return torch.clamp(unclamped(x, scale, zero_point, grid), grid.qmin, grid.qmax)
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     """Values of codes in the dtype of the scale, shape of `codes`."""
     values = codes.to(scale.dtype)
+    if grid.zero == "float":
+        return values * scale + zero_point
     if zero_point is not None:
         values = values - zero_point
     if grid.offset:

@@ -32,14 +32,23 @@ def pack(codes: Tensor, bits: int, qmin: int) -> Tensor:
         raise ValueError(f"pack: codes lie outside [{qmin}, {qmin + 2**bits - 1}], the range of {bits} bits from {qmin}")
     unsigned = unsigned.to(torch.int16)
     shifts = torch.arange(bits, device=codes.device)
-    stream = ((unsigned.unsqueeze(-1) >> shifts) & 1).to(torch.uint8).reshape(rows, columns * bits)
-    stream = torch.nn.functional.pad(stream, (0, -(columns * bits) % 8)).reshape(rows, packed_columns(columns, bits), 8)
-    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
-    return (stream * weights).sum(-1, dtype=torch.uint8)
+    return pack_bits(((unsigned.unsqueeze(-1) >> shifts) & 1).reshape(rows, columns * bits))
 
 
 def unpack(packed: Tensor, bits: int, qmin: int, columns: int) -> Tensor:
     """The inverse of :func:`pack`: int16 codes, shape [rows, columns]."""
-    stream = (packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
-    digits = stream.flatten(-2)[:, : columns * bits].reshape(packed.shape[0], columns, bits).to(torch.int16)
+    digits = unpack_bits(packed, columns * bits).reshape(packed.shape[0], columns, bits).to(torch.int16)
     return (digits << torch.arange(bits, device=packed.device, dtype=torch.int16)).sum(-1, dtype=torch.int16) + qmin
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Zeros and ones (or booleans), shape [rows, n], as uint8 [rows, ceil(n / 8)], low bit first."""
+    rows, columns = bits.shape
+    stream = torch.nn.functional.pad(bits.to(torch.uint8), (0, -columns % 8)).reshape(rows, packed_columns(columns, 1), 8)
+    weights = 1 << torch.arange(8, device=bits.device, dtype=torch.uint8)
+    return (stream * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, columns: int) -> Tensor:
+    """The inverse of :func:`pack_bits`: booleans, shape [rows, columns]."""
+    return ((packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1).bool().flatten(-2)[:, :columns]

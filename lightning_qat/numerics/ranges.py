@@ -1,13 +1,61 @@
-"""From values to scales: what one step of a grid is worth, computed in at least fp32.
+"""From values to a range, from a range to scale and zero point; all in at least fp32.
 
-Symmetric:   scale = max|x| / qmax            (LLM-QAT section 3.2; `divisor="half_range"` divides by half the range instead)
-Asymmetric:  scale = (hi - lo) / (2^b - 1),   zero_point = round(-lo / scale) + qmin,   lo = min(x, 0), hi = max(x, 0)
+    no zero point    scale = high / divisor                 the range is [-high, high], on unsigned grids [0, high]
+    integer          scale = (high - low) / divisor,        zero_point = round(-low / scale) + qmin,    low <= 0 <= high
+    float            scale = (high - low) / divisor,        zero_point = low
+
+A range finder is a small frozen object that is called with blocks [..., n] and a grid and returns (low, high), each [..., 1]. The two that
+need one pass are here, those that search are in :mod:`~lightning_qat.numerics.range_search`.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_qat.numerics.grid import Grid
+
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class RangeFinder(Protocol):
+    """Finds the range of each block; hashable.
+
+    Attributes:
+        fusable: One pass whose result has the same bits however a compiler orders it (true of maxima, not of sums).
+    """
+
+    fusable: ClassVar[bool]
+
+    def __call__(self, blocks: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """(low, high) of blocks [..., n], each [..., 1]; NaN or inf where a block holds such."""
+        ...
+
+
+@dataclass(frozen=True)
+class AbsMax:
+    """[-max|x|, max|x|] (LLM-QAT, section 3.2)."""
+
+    fusable: ClassVar[bool] = True
+
+    def __call__(self, blocks: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """See :class:`RangeFinder`."""
+        high = blocks.abs().amax(-1, keepdim=True).to(compute_dtype(blocks))
+        return -high, high
+
+
+@dataclass(frozen=True)
+class MinMax:
+    """[min x, max x]; 0 is inside unless the grid's zero point is a value."""
+
+    fusable: ClassVar[bool] = True
+
+    def __call__(self, blocks: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """See :class:`RangeFinder`."""
+        dtype = compute_dtype(blocks)
+        low, high = blocks.amin(-1, keepdim=True).to(dtype), blocks.amax(-1, keepdim=True).to(dtype)
+        return (low, high) if grid.zero == "float" else (low.clamp(max=0), high.clamp(min=0))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -21,38 +69,34 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
-    """Round a scale to the dtype it is stored in, and return it in its own; what overflows there saturates, codes then clip."""
-    if scale_dtype == "float32":
-        return scale
-    stored = SCALE_DTYPES[scale_dtype]
-    limited = torch.where(scale.isnan(), scale, scale.clamp(max=torch.finfo(stored).max))
-    return limited.to(stored).to(scale.dtype)
+def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of ranges, any shape; NaN where a range is not finite, so that its values are NaN and never a wrong number."""
+    if grid.zero == "none":
+        return _stored(_floor(_guard(high) / grid.divisor), grid), None
+    # Halving first keeps high - low finite for ranges near the largest float.
+    scale = _stored(_floor(_guard(high / 2 - low / 2) / (grid.divisor / 2)), grid)
+    if grid.zero == "float":
+        return scale, _stored(low, grid)
+    zero_point = torch.round(-low / scale.masked_fill(scale == 0, 1)) + grid.qmin
+    return scale, zero_point.clamp(grid.qmin, grid.qmax)
 
 
-def guard_finite(magnitude: Tensor) -> Tensor:
-    """NaN where a block holds inf or NaN (its values become NaN, never a wrong number), and a range whose codes cannot overflow."""
+def _guard(magnitude: Tensor) -> Tensor:
+    """NaN for inf and NaN, and a range whose codes cannot overflow."""
     limit = torch.finfo(magnitude.dtype).max * (1 - 2.0**-20)
     return torch.where(magnitude.isfinite(), magnitude.clamp(max=limit), torch.full_like(magnitude, torch.nan))
 
 
-def floor_scale(scale: Tensor) -> Tensor:
+def _floor(scale: Tensor) -> Tensor:
     """A finite scale whose reciprocal is finite too; 0 stays 0."""
     info = torch.finfo(scale.dtype)
     return torch.where(scale > 0, scale.clamp(info.tiny, info.max), scale)
 
 
-def absmax_scale(blocks: Tensor, divisor: float) -> Tensor:
-    """max|x| of each block over `divisor`, shape [..., n] -> [..., 1]."""
-    dtype = compute_dtype(blocks)
-    return floor_scale(guard_finite(blocks.abs().amax(-1, keepdim=True).to(dtype)) / divisor)
-
-
-def minmax_scale(blocks: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """(scale, lo) of each block with 0 inside its range, shapes [..., 1]."""
-    dtype = compute_dtype(blocks)
-    low, high = blocks.aminmax(dim=-1, keepdim=True)
-    low, high = low.to(dtype).clamp(max=0), high.to(dtype).clamp(min=0)
-    # Halving first keeps hi - lo finite for ranges near the largest float.
-    scale = floor_scale(guard_finite(high / 2 - low / 2) / (steps / 2))
-    return scale, low
+def _stored(values: Tensor, grid: Grid) -> Tensor:
+    """Rounded to the dtype they are stored in, returned in their own; what overflows there saturates, codes then clip."""
+    if grid.scale_dtype == "float32":
+        return values
+    stored = SCALE_DTYPES[grid.scale_dtype]
+    limit = torch.finfo(stored).max
+    return torch.where(values.isnan(), values, values.clamp(-limit, limit)).to(stored).to(values.dtype)

@@ -4,6 +4,6 @@ To add one, write `quantizers/foo.py` with a :class:`~lightning_qat.quantizers.b
 ``@quantizers.register("foo")``; the scheme, the layers, the exporters and the conformance tests find it.
 """
 
-from lightning_qat.quantizers.base import Quantizer, build_quantizer, fake_quantize, quantize_tensor, quantizers
+from lightning_qat.quantizers.base import Quantizer, blocking_of, build_quantizer, fake_quantize, quantize_tensor, quantizers
 
-__all__ = ["Quantizer", "build_quantizer", "fake_quantize", "quantize_tensor", "quantizers"]
+__all__ = ["Quantizer", "blocking_of", "build_quantizer", "fake_quantize", "quantize_tensor", "quantizers"]

@@ -7,18 +7,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.numerics.fake_quantize import fake_quantize_with, quantize_with
-from lightning_qat.numerics.grid import Grid, QuantizedTensor, as_blocks
-from lightning_qat.numerics.ranges import compute_dtype
+from lightning_qat.numerics.backends.choice import find_scale
+from lightning_qat.numerics.blocks import Blocking
+from lightning_qat.numerics.fake_quantize import Rounding, fake_quantize_rows, quantize_with
+from lightning_qat.numerics.grid import Grid, QuantizedTensor
+from lightning_qat.numerics.ranges import RangeFinder, compute_dtype, scale_and_zero_point
+from lightning_qat.quantizers.running_range import RunningRange
 from lightning_qat.registry import Registry, did_you_mean
 from lightning_qat.specs import TensorSpec
+
+
+def blocking_of(spec: TensorSpec) -> Blocking:
+    """Which elements of a tensor share a scale."""
+    if spec.granularity == "tensor":
+        return Blocking(share="all")
+    if spec.granularity == "group":
+        return Blocking(share="group", size=spec.group_size)
+    return Blocking() if spec.axis is None else Blocking(share="axis", axis=spec.axis)
 
 
 class Quantizer(nn.Module, ABC):
     """Base class of quantizers.
 
-    A subclass says which grid its bits mean and how a block of values gets its scale. It is stateless unless it learns something:
-    then its parameters are created here with their final shapes, fp32 and at least 1-d.
+    A subclass says which grid its bits mean and how a block of values gets its range. It is stateless unless it learns or remembers
+    something: then parameters and buffers are created here with their final shapes, fp32 and at least 1-d.
 
     Args:
         spec: What to do; its `options` must be fields of the subclass's `Options`.
@@ -34,6 +46,10 @@ class Quantizer(nn.Module, ABC):
         self.spec = spec
         self.options = self._read_options(spec)
         self.grid = self.build_grid(spec)
+        self.blocking = blocking_of(spec)
+        self.finder = self.build_finder()
+        self.how = self.build_rounding()
+        self.running = None if spec.dynamic else RunningRange(self.momentum)
         self.enabled = True
 
     @classmethod
@@ -51,31 +67,57 @@ class Quantizer(nn.Module, ABC):
         """The code grid of a spec; a ValueError names what it cannot be."""
 
     @abstractmethod
-    def scale_and_zero_point(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point of each block, shape [..., n] -> [..., 1], in at least fp32."""
+    def build_finder(self) -> RangeFinder:
+        """What finds the range of a block."""
+
+    def build_rounding(self) -> Rounding:
+        """The grid with the straight-through estimator; the identity unless a subclass says otherwise."""
+        return Rounding(grid=self.grid, finder=self.finder)
 
     @property
-    def clip(self) -> float | None:
-        """Bound of the gradient mask; None is the identity straight-through estimator."""
-        return None
+    def momentum(self) -> float:
+        """How slowly the running range of a static quantizer follows."""
+        return 0.9
 
     @property
     def can_share(self) -> bool:
-        """Whether siblings may take the values of one call: nothing learned, and the identity estimator."""
-        return self.clip is None and next(self.parameters(), None) is None
+        """Whether siblings may take the values of one call: nothing learned or remembered, and the identity estimator."""
+        return self.how.ste == "identity" and self.running is None and next(self.parameters(), None) is None
 
-    def _blocking(self, x: Tensor) -> tuple[Tensor, int | None, bool]:
-        whole = self.spec.granularity == "tensor"
-        return as_blocks(x, self.spec.group_size, whole), self.spec.group_size, whole
+    def scale_and_zero_point(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of each row, shape [rows, n] -> [rows, 1], in at least fp32; learned quantizers return their own."""
+        if self.running is None:
+            return find_scale(rows, self.finder, self.grid)
+        low, high = self.running(*self.finder(rows, self.grid))
+        return scale_and_zero_point(low, high, self.grid)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize: values on the grid, shape and dtype of `x`; `x` itself while disabled or empty."""
+    def _rows(self, x: Tensor) -> Tensor:
+        compute_dtype(x)  # refuses what is not floating point
+        blocks = self.blocking.split(x)
+        return blocks.reshape(-1, blocks.shape[-1])
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Fake-quantize.
+
+        Args:
+            x: Any shape that the granularity fits.
+            dtype: Dtype of the values, None for that of `x`.
+
+        Returns:
+            Values on the grid, shape of `x`; `x` itself while disabled or empty.
+        """
         if not self.enabled or x.numel() == 0:
             return x
-        with torch.no_grad():
-            blocks, group_size, whole = self._blocking(x)
-            scale, zero_point = self.scale_and_zero_point(blocks)
-        return fake_quantize_with(x, scale, zero_point, self.grid, group_size, whole, self.clip)
+        rows = self._rows(x)
+        scale = zero_point = None
+        if not self._finds_on_the_way:
+            with torch.no_grad():
+                scale, zero_point = self.scale_and_zero_point(rows)
+        return self.blocking.join(fake_quantize_rows(rows, scale, zero_point, self.how, dtype), x.shape)
+
+    @property
+    def _finds_on_the_way(self) -> bool:
+        return self.running is None and self.finder.fusable and self.how.ste != "mask"
 
     def codes(self, x: Tensor) -> QuantizedTensor:
         """The integer codes of which :meth:`forward` returns the values.
@@ -84,13 +126,14 @@ class Quantizer(nn.Module, ABC):
             ValueError: `x` holds NaN or inf.
         """
         with torch.no_grad():
-            blocks, group_size, whole = self._blocking(x)
+            rows = self._rows(x)
+            shape = (*self.blocking.split(x).shape[:-1], 1)
             if x.numel() == 0:
-                scale = blocks.new_zeros((*blocks.shape[:-1], 1), dtype=compute_dtype(x))
-                zero_point = None if self.spec.symmetric else scale
-            else:
-                scale, zero_point = self.scale_and_zero_point(blocks)
-            return quantize_with(x, scale, zero_point, self.grid, group_size, whole)
+                scale = rows.new_zeros(shape, dtype=compute_dtype(x))
+                return quantize_with(x, scale, None if self.grid.zero == "none" else scale, self.grid, self.blocking)
+            scale, zero_point = self.scale_and_zero_point(rows)
+            zero_point = None if zero_point is None else zero_point.view(shape)
+            return quantize_with(x, scale.view(shape), zero_point, self.grid, self.blocking)
 
     def extra_repr(self) -> str:
         """The spec in one line, without its defaults."""

@@ -7,11 +7,9 @@ Both are a grid with offset 1/2. Departure: the reference's sign(0) = 0 is a thi
 one bit is enough. A block of zeros stays zero.
 """
 
-import torch
-from torch import Tensor
-
 from lightning_qat.numerics.grid import Grid
-from lightning_qat.numerics.ranges import compute_dtype, floor_scale, guard_finite, round_scale
+from lightning_qat.numerics.range_search import MeanAbs
+from lightning_qat.numerics.ranges import RangeFinder
 from lightning_qat.quantizers.base import Quantizer, quantizers
 from lightning_qat.specs import TensorSpec
 
@@ -30,11 +28,12 @@ class MeanAbsQuantizer(Quantizer):
             raise ValueError("TensorSpec.divisor: got 'half_range' with quantizer 'mean_abs', which divides by nothing; use 'qmax'")
         if not spec.symmetric:
             raise ValueError("TensorSpec.symmetric: got False with quantizer 'mean_abs', whose levels are symmetric; use True")
-        return Grid(qmin=-bits, qmax=bits - 1, offset=0.5, round_via=spec.round_via)
+        if spec.code_range == "unsigned" or spec.range_finder != "absmax" or not spec.dynamic:
+            raise ValueError("TensorSpec: quantizer 'mean_abs' takes no code_range='unsigned', no range_finder and no dynamic=False")
+        step = 2 if bits == 1 else 1  # in units of m
+        settings = {"scale_dtype": spec.scale_dtype, "round_via": spec.round_via}
+        return Grid(qmin=-bits, qmax=bits - 1, divisor=1 / step, offset=0.5, **settings)
 
-    def scale_and_zero_point(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One step is m at two bits and 2m at one bit."""
-        dtype = compute_dtype(blocks)
-        mean = guard_finite(blocks.abs().mean(-1, keepdim=True, dtype=torch.float64).to(dtype))
-        step = floor_scale(mean * 2 if self.spec.code_bits == 1 else mean)
-        return round_scale(step, self.spec.scale_dtype), None
+    def build_finder(self) -> RangeFinder:
+        """The range is m, of which one step is m at two bits and 2m at one bit."""
+        return MeanAbs()

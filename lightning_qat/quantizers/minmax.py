@@ -1,19 +1,20 @@
 """Min-max quantization without clipping: LLM-QAT (arXiv 2305.17888), section 3.2.
 
     symmetric     x_q = scale * round(x / scale),   scale = max|x| / (2^(b-1) - 1)
-    asymmetric    the range [min(x, 0), max(x, 0)] on codes 0 .. 2^b - 1 with an integer zero point
+    asymmetric    the range [min(x, 0), max(x, 0)] on codes 0 .. 2^b - 1 with an integer zero point, or [min x, max x] with a float one
 
 Departures from the reference code: no epsilons in the scale (so codes are exact and re-quantizing changes nothing), codes are clamped,
-bits of 16 are off, and the gradient is the paper's identity; ``options: {ste: clip}`` gives the reference's mask at |x| >= 2.
+bits of 16 are off, and the gradient is the paper's identity; ``options: {ste: clip}`` gives the reference's mask at |x| >= 2. Range finders
+other than the extremes clip on purpose (``range_finder``).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
-
+from lightning_qat.numerics.fake_quantize import Rounding
 from lightning_qat.numerics.grid import Grid
-from lightning_qat.numerics.ranges import absmax_scale, minmax_scale, round_scale
+from lightning_qat.numerics.range_search import LpSearch, Percentile
+from lightning_qat.numerics.ranges import AbsMax, MinMax, RangeFinder
 from lightning_qat.quantizers.base import Quantizer, quantizers
 from lightning_qat.registry import did_you_mean
 from lightning_qat.specs import TensorSpec
@@ -24,16 +25,26 @@ class MinMaxOptions:
     """Settings of the min-max quantizer.
 
     Args:
-        ste: ``identity`` passes every gradient; ``clip`` zeroes it where |x| >= `clip_value`.
+        ste: ``identity`` passes every gradient; ``mask`` zeroes it where a code had to be clamped; ``clip`` where |x| >= `clip_value`.
         clip_value: The reference hard-codes 2.0, whatever the scale.
+        percentile: Share of each block inside the range, for ``range_finder="percentile"``.
+        p: Power of the error, for ``range_finder="lp"``; ``mse`` is 2.
+        candidates: Ranges tried by ``mse`` and ``lp``.
+        momentum: How slowly the running range of ``dynamic=False`` follows, in [0, 1).
     """
 
-    ste: Literal["identity", "clip"] = "identity"
+    ste: Literal["identity", "mask", "clip"] = "identity"
     clip_value: float = 2.0
+    percentile: float = 0.999
+    p: float = 2.4
+    candidates: int = 80
+    momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.ste not in ("identity", "clip"):
-            raise ValueError(f"options.ste: got {self.ste!r}, {did_you_mean(self.ste, ('identity', 'clip'))}")
+        if self.ste not in ("identity", "mask", "clip"):
+            raise ValueError(f"options.ste: got {self.ste!r}, {did_you_mean(self.ste, ('identity', 'mask', 'clip'))}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"options.momentum: got {self.momentum}, allowed are 0 up to less than 1")
 
 
 @quantizers.register("minmax")
@@ -48,25 +59,31 @@ class MinMaxQuantizer(Quantizer):
         bits = spec.code_bits
         if spec.symmetric and bits == 1:
             raise ValueError("TensorSpec.bits: got 1 with quantizer 'minmax', whose only 1-bit level would be 0; use 'mean_abs'")
-        if not spec.symmetric and spec.divisor != "qmax":
-            raise ValueError("TensorSpec.divisor: got 'half_range' with symmetric=False, whose range is divided by 2^bits - 1; use 'qmax'")
-        if not spec.symmetric:
-            return Grid(qmin=0, qmax=2**bits - 1, round_via=spec.round_via)
+        unsigned = spec.code_range == "unsigned" or not spec.symmetric
+        if unsigned and spec.divisor != "qmax":
+            raise ValueError("TensorSpec.divisor: got 'half_range' on unsigned codes, whose range is divided by 2^bits - 1; use 'qmax'")
+        zero: Any = "none" if spec.symmetric else spec.zero_point
+        settings: dict[str, Any] = {"zero": zero, "scale_dtype": spec.scale_dtype, "round_via": spec.round_via}
+        if unsigned:
+            return Grid(qmin=0, qmax=2**bits - 1, divisor=2**bits - 1, **settings)
         half = 2 ** (bits - 1)
-        return Grid(qmin=-half + (spec.code_range == "narrow"), qmax=half - 1, round_via=spec.round_via)
+        divisor = half - 1 if spec.divisor == "qmax" else half - 0.5
+        return Grid(qmin=-half + (spec.code_range == "narrow"), qmax=half - 1, divisor=divisor, **settings)
+
+    def build_finder(self) -> RangeFinder:
+        """The extremes, or a closer look."""
+        finder, options = self.spec.range_finder, self.options
+        if finder == "percentile":
+            return Percentile(options.percentile)
+        if finder in ("mse", "lp"):
+            return LpSearch(p=2.0 if finder == "mse" else options.p, candidates=options.candidates)
+        return AbsMax() if self.grid.zero == "none" and self.grid.qmin < 0 else MinMax()
+
+    def build_rounding(self) -> Rounding:
+        """With the estimator that was asked for."""
+        return Rounding(grid=self.grid, finder=self.finder, ste=self.options.ste, clip_value=self.options.clip_value)
 
     @property
-    def clip(self) -> float | None:
-        """The reference's mask, if asked for."""
-        return self.options.clip_value if self.options.ste == "clip" else None
-
-    def scale_and_zero_point(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Ranges are taken before any rounding; the scale is rounded to its stored dtype before codes are computed."""
-        bits, dtype = self.spec.code_bits, self.spec.scale_dtype
-        if self.spec.symmetric:
-            divisor = self.grid.qmax if self.spec.divisor == "qmax" else (2**bits - 1) / 2
-            return round_scale(absmax_scale(blocks, divisor), dtype), None
-        scale, low = minmax_scale(blocks, self.grid.qmax)
-        scale = round_scale(scale, dtype)
-        zero_point = (-low / scale.masked_fill(scale == 0, 1)).round().clamp(0, self.grid.qmax)
-        return scale, zero_point
+    def momentum(self) -> float:
+        """As in the options."""
+        return self.options.momentum

@@ -1,0 +1,58 @@
+"""The reference formulas compiled for the CPU into one pass each (range, scale, rounding and values).
+
+Compiling takes some seconds, so a formula is compiled once it has worked through enough elements in plain torch to be worth it. Both give
+the same bits, so nobody can tell when that happens. Without a C++ compiler the plain formulas stay, with one warning.
+"""
+
+import functools
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WORTH_COMPILING = 2**28  # elements: about a second of plain torch, some seconds of compiling
+SMALL = 2**15  # elements: below, the call costs more than the pass
+
+_work: dict[tuple[Any, ...], int] = {}
+_failed = False
+
+
+def run(formula: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """`formula(x, *args)`, compiled once it is worth it; `args` other than tensors have to be hashable.
+
+    Args:
+        formula: A function of :mod:`~lightning_qat.numerics.backends.reference`.
+        x: Rows of blocks, [rows, n].
+        args: Its other arguments.
+    """
+    settings = tuple(arg for arg in args if not isinstance(arg, Tensor))
+    key = (formula, x.dtype, settings)
+    _work[key] = _work.get(key, 0) + x.numel()
+    if _failed or x.numel() < SMALL or len(x) == 1 or _work[key] < WORTH_COMPILING or not x.is_contiguous():
+        return formula(x, *args)
+    try:
+        return _compile(formula, key)(x, *args)
+    except Exception as error:  # whatever a compiler can run into: the plain formula gives the same bits
+        _give_up(error)
+        return formula(x, *args)
+
+
+@functools.cache
+def _compile(formula: Any, key: tuple[Any, ...]) -> Callable[..., Any]:
+    """One compiled function to a key, in a code object of its own: torch counts recompilations per code object, and stops at eight."""
+    code = formula.__code__.replace(co_name=f"{formula.__name__}_{len(_work)}")
+    own = types.FunctionType(code, formula.__globals__, formula.__name__, formula.__defaults__)
+    return torch.compile(own, dynamic=True, fullgraph=True)
+
+
+def _give_up(error: Exception) -> None:
+    global _failed
+    _failed = True
+    warnings.warn(
+        f"fake quantization could not be compiled and goes on in plain torch, which gives the same values more slowly; a C++ compiler "
+        f"(g++ or clang++) has to be on the PATH: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
+        stacklevel=2,
+    )
