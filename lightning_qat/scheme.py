@@ -145,10 +145,11 @@ class QuantScheme:
         """
         bits = elements = 0
         for module in model.modules():
-            spec = getattr(getattr(module, "weight_quantizer", None), "spec", None)
-            if spec is not None:
-                rows, columns = module.matrix_shape()  # type: ignore[operator]
-                bits, elements = bits + spec.storage_bits(rows, columns), elements + rows * columns
+            for name in getattr(module, "weight_names", ()):
+                spec = getattr(getattr(module, f"{name}_quantizer", None), "spec", None)
+                if spec is not None:
+                    rows, columns = module.matrix_shape(name)  # type: ignore[operator]
+                    bits, elements = bits + spec.storage_bits(rows, columns), elements + rows * columns
         if elements == 0:
             raise ValueError("effective_bits: the model holds no weight quantizer; call insert_quantizers first")
         return bits / elements

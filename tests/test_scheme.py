@@ -1,10 +1,8 @@
-"""Schemes as data: strings, dictionaries, overrides, sizes, and every refusal by the name of what was wrong."""
+"""Schemes as data: strings, dictionaries, overrides, and every refusal by the name of what was wrong."""
 
 import copy
-import dataclasses
 import json
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_qat import KVSpec, QuantScheme, TensorSpec
-from lightning_qat.registry import Registry, did_you_mean
 from lightning_qat.scheme import DEFAULT_EXCLUDE, PRESETS, Override
 
 W4, A8 = TensorSpec(bits=4), TensorSpec(bits=8, granularity="token")
@@ -88,18 +85,6 @@ def test_bits_out_of_range(text: str, owner: str) -> None:
         QuantScheme.parse(text)
 
 
-@pytest.mark.parametrize("bits", [-1, 0.5, 17, "4", float("nan"), float("inf")], ids=repr)
-def test_bits_of_a_spec(bits: Any) -> None:
-    for kind in (TensorSpec, KVSpec):
-        with pytest.raises(ValueError, match=f"{kind.__name__}.bits: got {bits!r}"):
-            kind(bits=bits)
-
-
-def test_keys_and_values_take_two_bits_or_more() -> None:
-    with pytest.raises(ValueError, match=r"bits: got 1"):
-        KVSpec(bits=1)
-
-
 @pytest.mark.parametrize("text", ["w4a1"])
 def test_inputs_take_two_bits_or_more(text: str) -> None:
     with pytest.raises(ValueError, match=r"QuantScheme.input: got bits=1"):
@@ -116,37 +101,9 @@ def test_inputs_do_not_mix_tokens(granularity: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "message"),
-    [
-        (TensorSpec, {"granularity": "chanel"}, r"TensorSpec.granularity: got 'chanel'.*did you mean 'channel'\?"),
-        (TensorSpec, {"code_range": "ful"}, r"TensorSpec.code_range: got 'ful'.*did you mean 'full'\?"),
-        (TensorSpec, {"divisor": "qmx"}, r"TensorSpec.divisor: .*did you mean 'qmax'\?"),
-        (TensorSpec, {"scale_dtype": "bfloat"}, r"TensorSpec.scale_dtype: .*did you mean 'bfloat16'\?"),
-        (TensorSpec, {"round_via": "divid"}, r"TensorSpec.round_via: .*did you mean 'divide'\?"),
-        (TensorSpec, {"range_finder": "absmx"}, r"TensorSpec.range_finder: .*did you mean 'absmax'\?"),
-        (KVSpec, {"position": "pre-rope"}, r"KVSpec.position: .*did you mean 'pre_rope'\?"),
-        (KVSpec, {"granularity": "token_heads"}, r"KVSpec.granularity: .*did you mean 'token_head'\?"),
-        (KVSpec, {"granularity": "channel"}, r"KVSpec.granularity: got 'channel'"),
-        (KVSpec, {"divisor": "qmx"}, r"divisor: .*did you mean 'qmax'\?"),
-        (TensorSpec, {"granularity": "group"}, r"TensorSpec.group_size: got None with granularity='group'"),
-        (TensorSpec, {"group_size": 8}, r"TensorSpec.group_size: got 8 with granularity='channel'"),
-        (TensorSpec, {"granularity": "group", "group_size": 0}, r"TensorSpec.group_size: got 0"),
-        (TensorSpec, {"granularity": "group", "group_size": 2.5}, r"TensorSpec.group_size: got 2.5"),
-    ],
-    ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
-)
-def test_fields_are_refused_by_name(kind: type, fields: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kind(bits=4, **fields)
-
-
-@pytest.mark.parametrize(
     ("kind", "fields"),
     [
         (TensorSpec, {"bits": 1.58}),
-        (TensorSpec, {"bits": 4, "dynamic": False}),
-        (TensorSpec, {"bits": 4, "range_finder": "mse"}),
-        (TensorSpec, {"bits": 4, "range_finder": "percentile"}),
         (KVSpec, {"bits": 4, "past_only": True}),
         (KVSpec, {"bits": 1.58}),
         (QuantScheme, {"weight": W4, "output": A8}),
@@ -218,7 +175,7 @@ def test_overrides_from_a_dictionary() -> None:
 options = st.none() | st.fixed_dictionaries({"ste": st.sampled_from(["identity", "clip"])}, optional={"clip_value": st.floats(0.5, 4)})
 shared = {
     "symmetric": st.booleans(),
-    "code_range": st.sampled_from(["narrow", "full"]),
+    "code_range": st.sampled_from(["narrow", "full", "unsigned"]),
     "divisor": st.sampled_from(["qmax", "half_range"]),
     "scale_dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
     "round_via": st.sampled_from(["divide", "reciprocal"]),
@@ -228,9 +185,18 @@ shared = {
 @st.composite
 def tensor_specs(draw: st.DrawFn, granularities: tuple[str, ...], least: int = 1) -> TensorSpec:
     granularity = draw(st.sampled_from(granularities))
-    size = draw(st.integers(1, 256)) if granularity == "group" else None
     fields = draw(st.fixed_dictionaries(shared))
-    return TensorSpec(bits=draw(st.integers(least, 8)), granularity=granularity, group_size=size, options=draw(options), **fields)
+    return TensorSpec(
+        bits=draw(st.integers(least, 8)),
+        granularity=granularity,
+        group_size=draw(st.integers(1, 256)) if granularity == "group" else None,
+        axis=draw(st.sampled_from([None, 0, -1, 2])) if granularity == "channel" else None,
+        zero_point="integer" if fields["symmetric"] else draw(st.sampled_from(["integer", "float"])),
+        dynamic=granularity != "tensor" or draw(st.booleans()),
+        range_finder=draw(st.sampled_from(["absmax", "percentile", "mse", "lp"])),
+        options=draw(options),
+        **fields,
+    )
 
 
 weights = tensor_specs(("tensor", "channel", "group"))
@@ -282,91 +248,9 @@ def test_equal_schemes_are_one_key() -> None:
     assert TensorSpec(bits=4, options={}) == W4
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda o: o.__setitem__("ste", "identity"),
-        lambda o: o.update(ste="identity"),
-        lambda o: o.setdefault("clip_value", 1.0),
-        lambda o: o.pop("ste"),
-        lambda o: o.popitem(),
-        lambda o: o.clear(),
-        lambda o: o.__delitem__("ste"),
-        lambda o: o.__ior__({"ste": "identity"}),
-    ],
-    ids=["set", "update", "setdefault", "pop", "popitem", "clear", "del", "ior"],
-)
-def test_options_cannot_change(change: Any) -> None:
-    """A spec is a key of dictionaries and sets; its hash must not move."""
-    given_options = {"ste": "clip"}
-    spec = TensorSpec(bits=4, options=given_options)
-    given_options["ste"] = "identity"
-    assert spec.options == {"ste": "clip"}
-    with pytest.raises((TypeError, AttributeError)):
-        change(spec.options)
-
-
-def test_specs_are_frozen() -> None:
-    for value, field in ((W4, "bits"), (KVSpec(bits=4), "bits"), (QuantScheme.parse("w4"), "weight")):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(value, field, 8)
-
-
-@pytest.mark.parametrize(
-    ("spec", "bits"),
-    [
-        (W4, 10 * 64 * 4 + 10 * 32),
-        (TensorSpec(bits=8, granularity="tensor"), 10 * 64 * 8 + 32),
-        (TensorSpec(bits=4, granularity="group", group_size=32, scale_dtype="float16"), 10 * 64 * 4 + 20 * 16),
-        (TensorSpec(bits=3, granularity="group", group_size=16, symmetric=False), 10 * 64 * 3 + 40 * (32 + 3)),
-        (TensorSpec(bits=4, symmetric=False, scale_dtype="bfloat16"), 10 * 64 * 4 + 10 * (16 + 4)),
-        (TensorSpec(bits=1, quantizer="mean_abs"), 10 * 64 + 10 * 32),
-        (TensorSpec(bits=8, granularity="token"), 10 * 64 * 8 + 10 * 32),
-    ],
-    ids=["channel", "tensor", "group", "group-asymmetric", "channel-asymmetric", "binary", "token"],
-)
-def test_storage_counts_codes_scales_and_zero_points(spec: TensorSpec, bits: int) -> None:
-    assert spec.storage_bits(10, 64) == bits
-
-
 def test_the_preset_of_the_paper() -> None:
     scheme = QuantScheme.parse("llm-qat")
     assert (scheme.weight, scheme.input) == (W4, A8)
     assert scheme.kv == KVSpec(bits=4, position="pre_rope", granularity="token")
     for name in PRESETS.names():
         assert QuantScheme.parse(QuantScheme.parse(name).to_dict()) == PRESETS.get(name)
-
-
-def test_a_kv_spec_is_a_tensor_spec() -> None:
-    kv = KVSpec(bits=3, granularity="token", symmetric=False, scale_dtype="float16", round_via="reciprocal")
-    assert kv.tensor == TensorSpec(bits=3, granularity="token", symmetric=False, scale_dtype="float16", round_via="reciprocal")
-
-
-def test_a_name_is_registered_once() -> None:
-    things: Registry[int] = Registry("thing")
-    assert things.add("one", 1) == 1
-    things.register("two")(2)
-    assert (things.names(), things.get("two"), "one" in things, "three" in things) == (["one", "two"], 2, True, False)
-    with pytest.raises(ValueError, match="thing: the name 'one' is taken by 1"):
-        things.add("one", 3)
-    with pytest.raises(ValueError, match=r"thing: got 'tow', expected one of \['one', 'two'\]; did you mean 'two'\?"):
-        things.get("tow")
-    assert things.get("one") == 1
-
-
-def test_a_registry_finds_the_modules_of_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "shapes_of_a_test"
-    package.mkdir()
-    (package / "__init__.py").write_text("from lightning_qat.registry import Registry\nshapes = Registry('shape', __name__)\n")
-    (package / "square.py").write_text("from shapes_of_a_test import shapes\nshapes.add('square', 4)\n")
-    (package / "circle.py").write_text("from shapes_of_a_test import shapes\nshapes.add('circle', 0)\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    from shapes_of_a_test import shapes
-
-    assert "circle" in shapes
-    assert (shapes.names(), shapes.get("square")) == (["circle", "square"], 4)
-
-
-def test_did_you_mean() -> None:
-    assert did_you_mean("minmx", ["minmax", "lsq"]) == "expected one of ['lsq', 'minmax']; did you mean 'minmax'?"
-    assert did_you_mean("zzz", ["minmax"]) == "expected one of ['minmax']"

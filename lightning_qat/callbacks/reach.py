@@ -11,7 +11,8 @@ from lightning_qat.modules.layer import QuantLayer
 class ReachProbe:
     """Counts calls of quantized layers through forward pre-hooks, until removed.
 
-    Torch's fused inference paths and attention that reads `layer.weight` skip the layer's forward; unrouted experts are skipped as well.
+    Torch's fused inference paths and attention that reads `layer.weight` skip the layer's forward. A module of experts
+    counts as one layer, whichever of its experts were routed to (:func:`~lightning_qat.modules.experts.expert_coverage`).
     """
 
     def __init__(self, root: nn.Module) -> None:

@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from lightning_qat.formats.base import Format, formats
 from lightning_qat.formats.skeleton import build_transformers_model
 from lightning_qat.generation import has_tokenizer, load_tokenizer
-from lightning_qat.modules import QuantLayer, insert_quantizers, remove_quantizers, scheme_of
+from lightning_qat.modules import insert_quantizers, remove_quantizers, scheme_of
 from lightning_qat.modules.insertion import quantized_root
-from lightning_qat.modules.layer import quant_layers
 from lightning_qat.modules.packed import PackedWeight, pack_tensors
+from lightning_qat.modules.weights import LayerWeight, layer_weights, stands_for_codes
 from lightning_qat.scheme import QuantScheme
 from lightning_qat.specs import TensorSpec
 
@@ -45,7 +45,7 @@ class NativeFormat(Format):
     def write(self, model: nn.Module, folder: Path) -> None:
         """Write, and read back: the packed codes must be the codes of the model's quantizers."""
         tensors, layers = _packed_layers(model)
-        rest, tied = _other_tensors(model, set(layers))
+        rest, tied = _other_tensors(model)
         computed = _computed_buffers(model)
         save_file({**tensors, **rest, **computed}, folder / WEIGHTS, metadata={"format": "pt"})
         _save_company(model, folder)
@@ -60,7 +60,7 @@ class NativeFormat(Format):
             "effective_bits": scheme.effective_bits(model) if layers else None,
             "counted_bits": _counted_bits(layers, {**rest, **computed}),
             "layers": layers,
-            "input_only": [name for name, layer in quant_layers(model) if layer.weight_quantizer is None],
+            "input_only": [weight.name for weight in layer_weights(model) if weight.quantizer is None],
             "tied": tied,
             "computed_buffers": sorted(computed),
             "dropped": [],
@@ -78,31 +78,31 @@ class NativeFormat(Format):
 def _packed_layers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
-    for name, layer in quant_layers(model):
-        quantizer = layer.weight_quantizer
+    for weight in layer_weights(model):
+        quantizer, layer = weight.quantizer, weight.layer
         if quantizer is None:
             continue
         if isinstance(quantizer, PackedWeight):
             parts = dict(quantizer.named_buffers())
             dtype = quantizer.dtype
         else:
-            parts = pack_tensors(quantizer.codes(layer.to_matrix(layer.weight)), quantizer.spec)
-            dtype = layer.weight.dtype
-        rows, columns = layer.matrix_shape()
+            values: Tensor = getattr(layer, weight.parameter)
+            parts = pack_tensors(quantizer.codes(layer.to_matrix(values)), quantizer.spec)
+            dtype = values.dtype
         spec = asdict(quantizer.spec)
-        layers[name] = {"spec": spec, "shape": [rows, columns], "dtype": str(dtype).removeprefix("torch.")}
-        tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in parts.items()}
+        layers[weight.name] = {"spec": spec, "shape": list(weight.shape), "dtype": str(dtype).removeprefix("torch.")}
+        tensors |= {f"{weight.name}.{part}": tensor.cpu() for part, tensor in parts.items()}
     return tensors, layers
 
 
-def _other_tensors(model: nn.Module, packed: set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _other_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Everything that is not stored as codes, and which names share a tensor (safetensors stores one of them)."""
-    inside = tuple(f"{name}.weight_quantizer." for name in packed)
+    coded = stands_for_codes(model)
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     places: dict[tuple[int, int], str] = {}
     for name, tensor in model.state_dict().items():
-        if name.startswith(inside) or (name.endswith(".weight") and name.removesuffix(".weight") in packed):
+        if coded(name):
             continue
         place = (tensor.data_ptr(), tensor.numel())
         if tensor.numel() and place in places:
@@ -175,17 +175,17 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> Any:
             raise ValueError(f"model: this is a {manifest['model']['class']} of your own; pass model=<an instance> to load_quantized")
         model = build_transformers_model(folder, manifest["model"]["class"])
     _insert(model, manifest)
-    modules = dict(model.named_modules())
+    weights = {weight.name: weight for weight in layer_weights(model)}
     for name, layer in manifest["layers"].items():
-        _put_codes(modules[name], name, layer, tensors)
+        _put_codes(weights[name], layer, tensors)
     for name in manifest["computed_buffers"]:
         owner, _, buffer = name.rpartition(".")
         setattr(model.get_submodule(owner), buffer, tensors.pop(name))
     for alias, name in manifest["tied"].items():
         tensors[alias] = tensors[name]
     result = model.load_state_dict(tensors, strict=False, assign=True)
-    packed = manifest["layers"]
-    missing = [key for key in result.missing_keys if ".weight_quantizer." not in key and key.removesuffix(".weight") not in packed]
+    coded = stands_for_codes(model)
+    missing = [key for key in result.missing_keys if not coded(key)]
     if missing or result.unexpected_keys:
         raise ValueError(f"model: missing in the export: {missing[:3]}; unknown to the model: {result.unexpected_keys[:3]}")
     if isinstance(model, PreTrainedModel) and manifest["tied"]:
@@ -227,7 +227,7 @@ def _insert(model: nn.Module, manifest: dict[str, Any]) -> None:
         raise ValueError(f"model: the given {kind} is quantized already; pass a plain one")
     try:
         insert_quantizers(part, QuantScheme.parse(manifest["scheme"]), allow_partial=True, final=False)
-        here = {name: layer.matrix_shape() for name, layer in quant_layers(model)}
+        here = {weight.name: weight.shape for weight in layer_weights(model)}
         there = {name: tuple(layer["shape"]) for name, layer in manifest["layers"].items()}
         if (lost := {*there, *manifest["input_only"]} ^ here.keys()) != set():
             name = min(lost)
@@ -241,11 +241,10 @@ def _insert(model: nn.Module, manifest: dict[str, Any]) -> None:
         raise
 
 
-def _put_codes(module: nn.Module, name: str, layer: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    assert isinstance(module, QuantLayer)
-    shape = tuple(layer["shape"])
-    parts = {part: tensors.pop(key) for part in ("packed", "scale", "zero_point") if (key := f"{name}.{part}") in tensors}
-    dtype = getattr(torch, layer["dtype"])
-    module.weight_quantizer = PackedWeight(TensorSpec(**layer["spec"]), shape, dtype, parts)
+def _put_codes(weight: LayerWeight, entry: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    parts = {part: tensors.pop(key) for part in ("packed", "scale", "zero_point") if (key := f"{weight.name}.{part}") in tensors}
+    dtype = getattr(torch, entry["dtype"])
+    packed = PackedWeight(TensorSpec(**entry["spec"]), tuple(entry["shape"]), dtype, parts)
+    setattr(weight.layer, f"{weight.parameter}_quantizer", packed)
     # Some models ask a layer's weight for its dtype; an empty parameter answers and holds nothing.
-    module.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+    setattr(weight.layer, weight.parameter, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))

@@ -1,5 +1,6 @@
 """Quantized layers and the verbs that put quantizers into a model and take them out again."""
 
+from lightning_qat.modules.experts import expert_coverage
 from lightning_qat.modules.insertion import insert_quantizers, remove_quantizers, scheme_of
 from lightning_qat.modules.int8 import use_int8_forward
 from lightning_qat.modules.layer import QuantLayer, named_quantizers, quantizers_disabled
@@ -10,6 +11,7 @@ __all__ = [
     "InsertionReport",
     "QuantLayer",
     "cached_weights",
+    "expert_coverage",
     "forget_weights",
     "insert_quantizers",
     "named_quantizers",

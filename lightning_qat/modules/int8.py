@@ -63,7 +63,8 @@ def int8_operands(layer: Any, x: Tensor, dtype: torch.dtype | None) -> Operands 
     """The codes and scales of a product, or None where the layer has to compute it in floating point."""
     weight, input = layer.weight_quantizer, layer.input_quantizer
     ready = isinstance(weight, Quantizer) and input is not None and weight.enabled and input.enabled
-    if not ready or x.numel() == 0 or x.dtype == torch.float64 or not is_faster(x, layer.weight):
+    # torch._int_mm for the CPU returns wrong numbers where the inner size is 1 (seen with torch 2.13).
+    if not ready or x.numel() == 0 or x.shape[-1] < 2 or x.dtype == torch.float64 or not is_faster(x, layer.weight):
         return None
     rows = x.detach().reshape(-1, x.shape[-1])
 

@@ -66,7 +66,8 @@ class KVQuantizer(nn.Module):
         if self.spec.granularity == "token_head":
             if self.layout == "btD":
                 return self.quantizer(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-            return self.quantizer(x)
+            # Heads often lie side by side in memory; rows are taken as they lie there, so that nothing is copied.
+            return self.quantizer(x.transpose(1, 2)).transpose(1, 2) if x.stride(1) < x.stride(2) else self.quantizer(x)
         if self.layout == "btD":
             return self.quantizer(x)
         by_token = x.transpose(1, 2) if self.layout == "bhtd" else x

@@ -32,6 +32,7 @@ class QuantLayer(nn.Module):
     """
 
     float_type: ClassVar[type[nn.Module]]
+    weight_names: ClassVar[tuple[str, ...]] = ("weight",)  # each has a quantizer under "<name>_quantizer"
     input_granularities: ClassVar[tuple[str, ...]] = ("token", "group", "tensor")
 
     weight: Tensor
@@ -40,11 +41,18 @@ class QuantLayer(nn.Module):
     shared_input: SharedInput | None
     int8_forward: bool
     keeps: Keeps
-    kept_weight: Tensor | None
+    kept_weight: Any  # its values, or None
 
     @classmethod
     def check(cls, module: nn.Module) -> str | None:
         """Why this very layer cannot be quantized, or None."""
+        return None
+
+    @classmethod
+    def check_weight(cls, spec: TensorSpec) -> str | None:
+        """Why this kind of layer cannot have a weight spec, or None."""
+        if spec.granularity not in ("channel", "group", "tensor"):
+            return f"weight.granularity: got {spec.granularity!r}, expected 'channel', 'group' or 'tensor'"
         return None
 
     @staticmethod
@@ -56,22 +64,25 @@ class QuantLayer(nn.Module):
         """The inverse of :meth:`to_matrix`."""
         return matrix
 
-    def matrix_shape(self) -> tuple[int, int]:
-        """(out, in) of the weight seen as a matrix."""
-        if isinstance(self.weight_quantizer, PackedWeight):
-            return self.weight_quantizer.shape
-        rows, columns = self.to_matrix(self.weight).shape
+    def matrix_shape(self, name: str = "weight") -> tuple[int, int]:
+        """(out, in) of a weight seen as a matrix."""
+        quantizer = getattr(self, f"{name}_quantizer")
+        if isinstance(quantizer, PackedWeight):
+            return quantizer.shape
+        rows, columns = self.to_matrix(getattr(self, name)).shape
         return rows, columns
 
     def attach(self, weight: TensorSpec | None, input: TensorSpec | None) -> None:
         """Hang quantizers on a layer whose class was just changed."""
-        self.weight_quantizer = None if weight is None else build_quantizer(weight)
+        for name in self.weight_names:
+            setattr(self, f"{name}_quantizer", None if weight is None else build_quantizer(weight))
         self.input_quantizer = None if input is None else build_quantizer(input)
         self.shared_input, self.int8_forward, self.keeps, self.kept_weight = None, False, "nothing", None
 
     def detach(self) -> None:
         """Become the original layer again."""
-        for name in ("weight_quantizer", "input_quantizer", "shared_input", "int8_forward", "keeps", "kept_weight"):
+        quantizers = [f"{name}_quantizer" for name in self.weight_names]
+        for name in (*quantizers, "input_quantizer", "shared_input", "int8_forward", "keeps", "kept_weight"):
             delattr(self, name)
         self.__class__ = self.float_type  # type: ignore[assignment]
 
@@ -90,7 +101,8 @@ class QuantLayer(nn.Module):
         if self.kept_weight is None or self.kept_weight.dtype != (dtype or self.weight.dtype):
             with torch.inference_mode(False), torch.no_grad():
                 self.kept_weight = self._compute_weight(dtype)
-        return straight_through(self.weight, self.kept_weight) if trains else self.kept_weight
+        values: Tensor = self.kept_weight
+        return straight_through(self.weight, values) if trains else values
 
     def _may_keep_in_training(self, quantizer: nn.Module) -> bool:
         """In a compiled graph a kept value would be one more output, and repeated calls are merged anyway."""

@@ -42,10 +42,10 @@ class PackedWeight(nn.Module):
             setattr(self, name, buffer.to(getattr(self, name).device))
         return self
 
-    def codes(self) -> QuantizedTensor:
-        """The integer codes and scales."""
+    def codes(self, rows: slice = slice(None)) -> QuantizedTensor:
+        """The integer codes and scales; of some `rows` only where each has scales of its own."""
         bits = self.spec.code_bits
-        codes = unpack(self.packed, bits, self.grid.qmin, self.shape[1])
+        codes = unpack(self.packed[rows], bits, self.grid.qmin, self.shape[1])
         scale = self.scale.to(torch.promote_types(self.scale.dtype, torch.float32))
         zero_point = self.zero_point
         if zero_point is not None and self.grid.zero == "float":
@@ -54,16 +54,16 @@ class PackedWeight(nn.Module):
             zero_point = unpack(zero_point, bits, 0, scale.numel()).view_as(scale)
         return QuantizedTensor(
             codes=codes.to(self.grid.code_dtype),
-            scale=scale,
-            zero_point=zero_point,
+            scale=scale[rows],
+            zero_point=None if zero_point is None else zero_point[rows],
             grid=self.grid,
             blocking=blocking_of(self.spec),
             dtype=self.dtype,
         )
 
-    def dequantize(self) -> Tensor:
-        """The values of the codes, shape [out, in]."""
-        return self.codes().dequantize()
+    def dequantize(self, rows: slice = slice(None)) -> Tensor:
+        """The values of the codes, shape [out, in]; `rows` as in :meth:`codes`."""
+        return self.codes(rows).dequantize()
 
     def extra_repr(self) -> str:
         """The spec in a few words."""

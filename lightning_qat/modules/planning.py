@@ -1,11 +1,13 @@
 """What an insertion would do, and why it would not: nothing here changes a model."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from lightning_qat.modules import conv, embedding, linear  # noqa: F401  they register their layers
+from lightning_qat.modules.experts import experts_class
 from lightning_qat.modules.kv import cannot_quantize, is_attention, kv_of
 from lightning_qat.modules.layer import LAYERS, QuantLayer
 from lightning_qat.modules.matching import Matcher
@@ -38,7 +40,7 @@ def plan_insertion(model: nn.Module, scheme: QuantScheme, final: bool) -> Plan:
         if is_attention(module):
             _plan_attention(plan, matcher, name, module)
         owned = {id(p): p for p in module.parameters(recurse=False) if p.ndim >= 2}
-        packed = isinstance(getattr(module, "weight_quantizer", None), PackedWeight)
+        packed = any(isinstance(child, PackedWeight) for child in module.children())
         if owned or packed:
             elements = sum(p.numel() for key, p in owned.items() if key not in seen)
             seen |= owned.keys()
@@ -70,7 +72,7 @@ def _plan_layer(plan: Plan, matcher: Matcher, name: str, module: nn.Module, elem
         input = input if module.input_granularities else None
         plan.layers.append((name, module, weight, input))
         return None
-    cls = LAYERS.get(type(module))
+    cls = LAYERS.get(type(module)) or experts_class(type(module))
     if cls is None:
         return leave(_why_not(module), False)
     if (reason := cls.check(module)) is not None:
@@ -92,29 +94,29 @@ def _why_not(module: nn.Module) -> str:
     if kind == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention reads this weight without calling the layer"
     if any(p.ndim == 3 for p in module.parameters(recurse=False)) and "xpert" in kind:
-        return "expert weights in one 3-d parameter are not supported yet"
+        return "experts with biases, transposed weights or a forward pass of their own are not supported yet"
     bases = [base.__name__ for base in LAYERS if isinstance(module, base)]
     return f"a subclass of {bases[0]} with code of its own" if bases else "no quantized layer is registered for this type"
 
 
 def _check_specs(name: str, module: Any, cls: type[QuantLayer], weight: TensorSpec | None, input: TensorSpec | None) -> None:
-    columns = cls.to_matrix(module.weight).shape[1]
     if weight is not None:
         build_quantizer(weight)
-        if weight.granularity not in ("channel", "group", "tensor"):
-            raise ValueError(f"{name}: weight.granularity: got {weight.granularity!r}, expected 'channel', 'group' or 'tensor'")
-        if weight.group_size and columns % weight.group_size:
-            raise ValueError(
-                f"{name}: weight.group_size: got {weight.group_size}, which does not divide the {columns} inputs of this layer; "
-                "choose a divisor, or give this layer another spec through overrides"
-            )
+        if (reason := cls.check_weight(weight)) is not None:
+            raise ValueError(f"{name}: {reason}")
     if input is not None:
         build_quantizer(input)
         if input.granularity not in cls.input_granularities:
             raise ValueError(
                 f"{name}: input.granularity: got {input.granularity!r}, {cls.float_type.__name__} takes {cls.input_granularities}"
             )
-        if input.group_size and columns % input.group_size:
+    for columns in (cls.to_matrix(getattr(module, parameter)).shape[1] for parameter in cls.weight_names):
+        if weight is not None and weight.group_size and columns % weight.group_size:
+            raise ValueError(
+                f"{name}: weight.group_size: got {weight.group_size}, which does not divide the {columns} inputs of this layer; "
+                "choose a divisor, or give this layer another spec through overrides"
+            )
+        if input is not None and input.group_size and columns % input.group_size:
             raise ValueError(f"{name}: input.group_size: got {input.group_size}, which does not divide {columns} inputs")
 
 
@@ -132,9 +134,8 @@ def report_plan(plan: Plan) -> InsertionReport:
 
 def _elements(module: nn.Module) -> int:
     if isinstance(module, QuantLayer):
-        rows, columns = module.matrix_shape()
-        return rows * columns
-    return module.weight.numel()  # type: ignore[operator]
+        return sum(math.prod(module.matrix_shape(name)) for name in module.weight_names)
+    return sum(getattr(module, name).numel() for name in LAYERS[type(module)].weight_names)
 
 
 def check_coverage(report: InsertionReport, scheme: QuantScheme) -> None:

@@ -37,6 +37,7 @@ def cached_weights(model: nn.Module, training: bool = False) -> Iterator[None]:
     def forget(*args: Any) -> None:
         forget_weights(model)
 
+    forget()
     handle = register_optimizer_step_post_hook(forget)
     before = [layer.keeps for layer in layers]
     try:
@@ -47,5 +48,4 @@ def cached_weights(model: nn.Module, training: bool = False) -> Iterator[None]:
         handle.remove()
         for layer, keeps in zip(layers, before, strict=True):
             layer.keeps = keeps
-            if keeps == "nothing":
-                layer.kept_weight = None
+        forget()  # also where an outer block goes on: averaged weights may have been swapped in for this one

@@ -52,6 +52,11 @@ class Blocking:
             raise ValueError(f"group_size: got {self.size} for a last axis of {x.shape[-1]}; it must divide it without rest")
         return x.unflatten(-1, (x.shape[-1] // self.size, self.size))
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The blocks of `x` one below the other, [blocks, n]."""
+        blocks = self.split(x)
+        return blocks if blocks.dim() == 2 else blocks.reshape(-1, blocks.shape[-1])
+
     def join(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of :meth:`split` for a tensor of `shape`."""
         if self.share != "axis":
@@ -59,3 +64,6 @@ class Blocking:
         moved = list(shape)
         moved.insert(0, moved.pop(self.axis))
         return blocks.reshape(moved).movedim(0, self.axis)
+
+
+ROWS = Blocking()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.numerics.backends import choice, reference
-from lightning_qat.numerics.blocks import Blocking
+from lightning_qat.numerics.blocks import ROWS, Blocking
 from lightning_qat.numerics.grid import Grid, QuantizedTensor, encode, position
 from lightning_qat.numerics.packing import pack_bits
 from lightning_qat.numerics.ranges import RangeFinder
@@ -30,40 +30,51 @@ class Rounding:
     Args:
         grid: The code grid.
         finder: Finds the range of each row on the way; None where scales are given.
+        blocking: Which elements of `x` share a scale.
         ste: The estimator of the gradient of `x`.
         clip_value: The bound of ``clip``.
     """
 
     grid: Grid
     finder: RangeFinder | None = None
+    blocking: Blocking = ROWS
     ste: STE = "identity"
     clip_value: float = 2.0
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """The identity saves nothing, masks are saved as bits; only scales that are trained need `x` again."""
+    """The identity saves nothing, masks are saved as bits; only scales that are trained need `x` again.
+
+    Blocks are split and joined in here: outside, each view would be one more node of the graph.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, zero_point: Tensor | None, how: Rounding, dtype: torch.dtype) -> Tensor:
-        ctx.how, ctx.x_dtype, ctx.trains_scale = how, x.dtype, any(ctx.needs_input_grad[1:3])
-        mask = None
+        rows = how.blocking.rows(x)
+        trains_scale, mask = any(ctx.needs_input_grad[1:3]), None
         if how.ste == "clip":
-            mask = pack_bits(x.abs() >= how.clip_value)
+            mask = pack_bits(rows.abs() >= how.clip_value)
         elif how.ste == "mask" and scale is not None:
-            mask = choice.outside_bits(x, scale, zero_point, how.grid)
-        ctx.save_for_backward(mask, *((x, scale, zero_point) if ctx.trains_scale else ()))
+            mask = choice.outside_bits(rows, scale, zero_point, how.grid)
+        ctx.how, ctx.x_dtype, ctx.trains_scale = how, x.dtype, trains_scale
+        ctx.save_for_backward(mask, *((x, scale, zero_point) if trains_scale else ()))
         if scale is not None:
-            return choice.fake_quantize(x, scale, zero_point, how.grid, dtype)
-        assert how.finder is not None
-        return choice.fake_quantize_dynamic(x, how.finder, how.grid, dtype)
+            values = choice.fake_quantize(rows, scale, zero_point, how.grid, dtype)
+        else:
+            assert how.finder is not None
+            values = choice.fake_quantize_dynamic(rows, how.finder, how.grid, dtype)
+        return how.blocking.join(values, x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        mask, *given = ctx.saved_tensors
-        grad = grads[0]
-        grad_scale, grad_zero = _range_gradients(grad, *given, ctx.how.grid) if ctx.trains_scale else (None, None)
-        grad_x = grad.to(ctx.x_dtype) if mask is None else choice.masked_gradient(grad, mask, ctx.x_dtype)
-        return grad_x, grad_scale, grad_zero, None, None
+        mask, grad, how = ctx.saved_tensors[0], grads[0], ctx.how
+        grad_x, grad_scale, grad_zero = grad, None, None
+        if ctx.trains_scale:
+            _, x, scale, zero_point = ctx.saved_tensors
+            grad_scale, grad_zero = _range_gradients(how.blocking.rows(grad), how.blocking.rows(x), scale, zero_point, how.grid)
+        if mask is not None:
+            grad_x = how.blocking.join(choice.masked_gradient(how.blocking.rows(grad), mask, ctx.x_dtype), grad.shape)
+        return grad_x.to(ctx.x_dtype), grad_scale, grad_zero, None, None
 
 
 def _range_gradients(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor | None]:
@@ -80,20 +91,20 @@ def _range_gradients(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor 
     return grad_scale, (grad * slope * clamped).sum(-1, keepdim=True)
 
 
-def fake_quantize_rows(
+def fake_quantize_with(
     x: Tensor, scale: Tensor | None, zero_point: Tensor | None, how: Rounding, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Fake-quantize rows.
+    """Fake-quantize.
 
     Args:
-        x: Shape [rows, n].
-        scale: At least fp32, shape [rows, 1], or None to find the range of each row; gets a gradient if it asks for one.
+        x: Any shape that the blocking fits.
+        scale: At least fp32, shape [blocks, 1], or None to find the range of each block; gets a gradient if it asks for one.
         zero_point: Like `scale`, or None.
         how: Everything else.
         dtype: Dtype of the values, None for that of `x`; the gradient has the dtype of `x` in any case.
 
     Returns:
-        Values on the grid, shape [rows, n].
+        Values on the grid, shape of `x`.
     """
     return _FakeQuantize.apply(x, scale, zero_point, how, dtype or x.dtype)
 

@@ -108,6 +108,7 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) 
     """Values of codes in the dtype of the scale, shape of `codes`."""
     values = codes.to(scale.dtype)
     if grid.zero == "float":
+        assert zero_point is not None
         return values * scale + zero_point
     if zero_point is not None:
         values = values - zero_point

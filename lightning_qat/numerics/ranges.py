@@ -71,6 +71,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of ranges, any shape; NaN where a range is not finite, so that its values are NaN and never a wrong number."""
+    high = torch.where(low.isfinite(), high, low)
     if grid.zero == "none":
         return _stored(_floor(_guard(high) / grid.divisor), grid), None
     # Halving first keeps high - low finite for ranges near the largest float.

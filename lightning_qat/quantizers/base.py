@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qat.numerics.backends.choice import find_scale
 from lightning_qat.numerics.blocks import Blocking
-from lightning_qat.numerics.fake_quantize import Rounding, fake_quantize_rows, quantize_with
+from lightning_qat.numerics.fake_quantize import Rounding, fake_quantize_with, quantize_with
 from lightning_qat.numerics.grid import Grid, QuantizedTensor
 from lightning_qat.numerics.ranges import RangeFinder, compute_dtype, scale_and_zero_point
 from lightning_qat.quantizers.running_range import RunningRange
@@ -72,7 +72,7 @@ class Quantizer(nn.Module, ABC):
 
     def build_rounding(self) -> Rounding:
         """The grid with the straight-through estimator; the identity unless a subclass says otherwise."""
-        return Rounding(grid=self.grid, finder=self.finder)
+        return Rounding(grid=self.grid, finder=self.finder, blocking=self.blocking)
 
     @property
     def momentum(self) -> float:
@@ -82,7 +82,12 @@ class Quantizer(nn.Module, ABC):
     @property
     def can_share(self) -> bool:
         """Whether siblings may take the values of one call: nothing learned or remembered, and the identity estimator."""
-        return self.how.ste == "identity" and self.running is None and next(self.parameters(), None) is None
+        return self.how.ste == "identity" and self.running is None and not self.learns
+
+    @property
+    def learns(self) -> bool:
+        """Whether the quantizer has parameters; then :meth:`scale_and_zero_point` is overridden and its result gets a gradient."""
+        return bool(self._parameters)
 
     def scale_and_zero_point(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point of each row, shape [rows, n] -> [rows, 1], in at least fp32; learned quantizers return their own."""
@@ -90,11 +95,6 @@ class Quantizer(nn.Module, ABC):
             return find_scale(rows, self.finder, self.grid)
         low, high = self.running(*self.finder(rows, self.grid))
         return scale_and_zero_point(low, high, self.grid)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        compute_dtype(x)  # refuses what is not floating point
-        blocks = self.blocking.split(x)
-        return blocks.reshape(-1, blocks.shape[-1])
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Fake-quantize.
@@ -108,16 +108,16 @@ class Quantizer(nn.Module, ABC):
         """
         if not self.enabled or x.numel() == 0:
             return x
-        rows = self._rows(x)
+        compute_dtype(x)  # refuses what is not floating point
         scale = zero_point = None
         if not self._finds_on_the_way:
-            with torch.no_grad():
-                scale, zero_point = self.scale_and_zero_point(rows)
-        return self.blocking.join(fake_quantize_rows(rows, scale, zero_point, self.how, dtype), x.shape)
+            with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+                scale, zero_point = self.scale_and_zero_point(self.blocking.rows(x))
+        return fake_quantize_with(x, scale, zero_point, self.how, dtype)
 
     @property
     def _finds_on_the_way(self) -> bool:
-        return self.running is None and self.finder.fusable and self.how.ste != "mask"
+        return self.running is None and self.finder.fusable and self.how.ste != "mask" and not self.learns
 
     def codes(self, x: Tensor) -> QuantizedTensor:
         """The integer codes of which :meth:`forward` returns the values.
@@ -126,7 +126,8 @@ class Quantizer(nn.Module, ABC):
             ValueError: `x` holds NaN or inf.
         """
         with torch.no_grad():
-            rows = self._rows(x)
+            compute_dtype(x)
+            rows = self.blocking.rows(x)
             shape = (*self.blocking.split(x).shape[:-1], 1)
             if x.numel() == 0:
                 scale = rows.new_zeros(shape, dtype=compute_dtype(x))

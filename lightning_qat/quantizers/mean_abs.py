@@ -31,8 +31,7 @@ class MeanAbsQuantizer(Quantizer):
         if spec.code_range == "unsigned" or spec.range_finder != "absmax" or not spec.dynamic:
             raise ValueError("TensorSpec: quantizer 'mean_abs' takes no code_range='unsigned', no range_finder and no dynamic=False")
         step = 2 if bits == 1 else 1  # in units of m
-        settings = {"scale_dtype": spec.scale_dtype, "round_via": spec.round_via}
-        return Grid(qmin=-bits, qmax=bits - 1, divisor=1 / step, offset=0.5, **settings)
+        return Grid(qmin=-bits, qmax=bits - 1, divisor=1 / step, offset=0.5, scale_dtype=spec.scale_dtype, round_via=spec.round_via)
 
     def build_finder(self) -> RangeFinder:
         """The range is m, of which one step is m at two bits and 2m at one bit."""

@@ -8,7 +8,7 @@ bits of 16 are off, and the gradient is the paper's identity; ``options: {ste: c
 other than the extremes clip on purpose (``range_finder``).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from lightning_qat.numerics.fake_quantize import Rounding
@@ -81,7 +81,7 @@ class MinMaxQuantizer(Quantizer):
 
     def build_rounding(self) -> Rounding:
         """With the estimator that was asked for."""
-        return Rounding(grid=self.grid, finder=self.finder, ste=self.options.ste, clip_value=self.options.clip_value)
+        return replace(super().build_rounding(), ste=self.options.ste, clip_value=self.options.clip_value)
 
     @property
     def momentum(self) -> float:

@@ -332,8 +332,9 @@ class LearnedQuantizer(MinMaxQuantizer):
         super().__init__(spec)
         self.gain = nn.Parameter(torch.ones(1))
 
-    def forward(self, x):
-        return super().forward(x) * self.gain
+    def scale_and_zero_point(self, rows):
+        scale, zero_point = super().scale_and_zero_point(rows.detach())
+        return scale * self.gain, zero_point
 
 
 @pytest.fixture

@@ -20,19 +20,17 @@ from lightning_qat import (
 )
 from lightning_qat.generation import GenerationSettings, generate_rows, start_tokens
 from lightning_qat.modules import QuantLayer
+from lightning_qat.modules.weights import layer_weights
 
 BUILDERS = LANGUAGE_MODELS | {"vit": vit}
 CELLS = ("insert", "kv post_rope", "kv pre_rope", "forward", "generate", "synthesize", "distil", "save", "remove")
 
 YES = "yes"
 NOT_APPLICABLE = "-"
-NO_EXPERTS = "expert weights in one 3-d parameter are not supported yet"
 NO_SPLIT = "kv.position: 'pre_rope' needs separate k_proj and v_proj, GPT2Attention has no k_proj and no v_proj"
 
-# Architecture -> cell -> "yes", "-" where it has no meaning, or the words of the refusal. The cells after a refused "insert" hold with
-# allow_partial=True.
+# Architecture -> cell -> "yes", "-" where it has no meaning, or the words of the refusal.
 SUPPORT = {name: dict.fromkeys(CELLS, YES) for name in BUILDERS}
-SUPPORT["mixtral"]["insert"] = SUPPORT["qwen3-moe"]["insert"] = NO_EXPERTS
 SUPPORT["gpt2"]["kv pre_rope"] = NO_SPLIT
 SUPPORT["vit"] |= dict.fromkeys(("generate", "synthesize", "distil"), NOT_APPLICABLE)
 
@@ -42,7 +40,7 @@ PRE_ROPE = QuantScheme(kv=KVSpec(bits=4, position="pre_rope", granularity="token
 
 def quantized(architecture, scheme="w4a8kv4"):
     model = BUILDERS[architecture]()
-    insert_quantizers(model, scheme, allow_partial=SUPPORT[architecture]["insert"] != YES)
+    insert_quantizers(model, scheme)
     return model
 
 
@@ -51,8 +49,8 @@ def layers_of(model):
 
 
 def linear_layers(model):
-    """Names that must be quantized: all linear layers but the embeddings, the head and the router."""
-    kinds = ("Linear", "Conv1D", "Conv2d")
+    """Names that must be quantized: all linear layers and experts, but not the embeddings, the head and the router."""
+    kinds = ("Linear", "Conv1D", "Conv2d", "MixtralExperts", "Qwen3MoeExperts")
     return {name for name, module in model.named_modules() if type(module).__name__ in kinds and name != "lm_head"}
 
 
@@ -62,7 +60,7 @@ def check_insert(architecture):
     report = insert_quantizers(model, "w4a8")
     assert set(layers_of(model)) == {layer.name for layer in report.layers} == expected
     assert report.coverage >= 0.9
-    assert all(layer.weight_quantizer.spec.bits == 4 and layer.input_quantizer.spec.bits == 8 for layer in layers_of(model).values())
+    assert all(weight.quantizer.spec.bits == 4 and weight.layer.input_quantizer.spec.bits == 8 for weight in layer_weights(model))
 
 
 def check_kv(architecture, scheme):
@@ -108,12 +106,12 @@ def check_distil(architecture):
     teacher = BUILDERS[architecture]()
     module = DistillationModule(teacher)
     module.log = lambda *args, **kwargs: None
-    insert_quantizers(module.student, "w4a8kv4", allow_partial=True)
+    insert_quantizers(module.student, "w4a8kv4")
     model, ids = module.student, token_ids()
     module.training_step({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 0).backward()
     assert all(p.grad is None for p in teacher.parameters())
-    missing = [name for name, layer in layers_of(model).items() if layer.weight.grad is None or not layer.weight.grad.abs().sum() > 0]
-    assert missing == []
+    gradients = {weight.key: model.get_parameter(weight.key).grad for weight in layer_weights(model)}
+    assert [key for key, gradient in gradients.items() if gradient is None or not gradient.abs().sum() > 0] == []
     assert len(layers_of(model)) >= 8
 
 
@@ -127,7 +125,7 @@ def check_save(architecture):
 def check_remove(architecture):
     model = BUILDERS[architecture]()
     wanted, types = logits_of(model), [type(module) for module in model.modules()]
-    insert_quantizers(model, "w4a8kv4", allow_partial=True)
+    insert_quantizers(model, "w4a8kv4")
     remove_quantizers(model)
     assert torch.equal(logits_of(model), wanted)
     assert [type(module) for module in model.modules()] == types
@@ -163,14 +161,11 @@ def test_cell(architecture, cell, support):
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3-moe"])
-def test_partial_insertion_quantizes_the_attention_and_names_the_rest(architecture):
-    model = BUILDERS[architecture]()
-    expected = linear_layers(model)
-    report = insert_quantizers(model, "w4a8", allow_partial=True)
-    assert set(layers_of(model)) == expected
-    gaps = {item.name: item.reason for item in report.left_alone if not item.on_purpose}
-    assert {name for name, reason in gaps.items() if reason == NO_EXPERTS} == {"model.layers.0.mlp.experts", "model.layers.1.mlp.experts"}
-    assert all(name.endswith(("experts", "gate")) for name in gaps)
+def test_only_the_router_of_a_mixture_of_experts_is_left_alone(architecture):
+    """It has a class of its own, and its product decides where tokens go."""
+    report = insert_quantizers(BUILDERS[architecture](), "w4a8")
+    gaps = [item.name for item in report.left_alone if not item.on_purpose]
+    assert gaps == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
 
 
 @pytest.mark.parametrize("architecture", LANGUAGE_MODELS)

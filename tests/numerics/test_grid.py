@@ -6,11 +6,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from reference import code_limits, numpy_codes
 from torch import Tensor
 
 from lightning_qat import TensorSpec, fake_quantize, quantize_tensor
+from lightning_qat.numerics.blocks import Blocking
 from lightning_qat.numerics.fake_quantize import quantize_with
-from lightning_qat.numerics.grid import Grid, QuantizedTensor, as_blocks
+from lightning_qat.numerics.grid import Grid, QuantizedTensor
 from lightning_qat.quantizers import build_quantizer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -19,6 +21,7 @@ FULL = {"code_range": "full"}
 HALF = {"divisor": "half_range"}
 ASYM = {"symmetric": False}
 MEAN = {"quantizer": "mean_abs"}
+FLOAT = {"symmetric": False, "zero_point": "float"}
 
 
 KINDS = {
@@ -32,6 +35,9 @@ KINDS = {
     "asym-fp16-scale": ASYM | {"scale_dtype": "float16"},
     "reciprocal": {"round_via": "reciprocal"},
     "asym-reciprocal": ASYM | {"round_via": "reciprocal"},
+    "unsigned": {"code_range": "unsigned"},
+    "float-zero": FLOAT,
+    "float-zero-bf16-scale": FLOAT | {"scale_dtype": "bfloat16"},
     "mean_abs": MEAN,
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -39,36 +45,13 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def specs(kind: str) -> list[TensorSpec]:
     """The specs of one kind, all bits it allows."""
-    bits = (1, 2) if kind == "mean_abs" else range(1 if "asym" in kind else 2, 9)
+    bits = (1, 2) if kind == "mean_abs" else range(1 if "asym" in kind or "zero" in kind else 2, 9)
     return [TensorSpec(bits=b, **KINDS[kind]) for b in bits]
 
 
 def rows(dtype: torch.dtype = torch.float32, count: int = 1000, columns: int = 24) -> Tensor:
     """Many seeds in one tensor: rows of very different size."""
     return (torch.randn(count, columns) * 10 ** torch.empty(count, 1).uniform_(-3, 2)).to(dtype)
-
-
-def code_limits(spec: TensorSpec) -> tuple[int, int]:
-    bits = int(spec.bits)
-    if spec.quantizer == "mean_abs" or (spec.symmetric and spec.code_range == "full"):
-        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if spec.symmetric else (0, 2**bits - 1)
-
-
-def numpy_codes(x: np.ndarray, spec: TensorSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(scale, zero point, codes) of rows, in float32 and with numpy's half-to-even rounding; min-max only."""
-    f = np.float32
-    qmin, qmax = code_limits(spec)
-    if spec.symmetric:
-        steps = f(2**spec.bits - 1) / f(2) if spec.divisor == "half_range" else f(qmax)
-        low, scale = np.zeros((len(x), 1), f), np.abs(x).max(1, keepdims=True) / steps
-    else:
-        low, high = np.minimum(x.min(1, keepdims=True), f(0)), np.maximum(x.max(1, keepdims=True), f(0))
-        scale = (high - low) / f(qmax)
-    scale = torch.from_numpy(scale).to(STORED[spec.scale_dtype]).float().numpy()
-    zero_point = np.clip(np.rint(-low / scale), 0, qmax) if not spec.symmetric else np.zeros_like(scale)
-    steps_of_x = x / scale if spec.round_via == "divide" else x * (f(1) / scale)
-    return scale, zero_point, np.clip(np.rint(steps_of_x) + zero_point, qmin, qmax)
 
 
 def each(kind: str) -> Iterator[tuple[TensorSpec, torch.dtype]]:
@@ -79,14 +62,13 @@ def each(kind: str) -> Iterator[tuple[TensorSpec, torch.dtype]]:
 def test_scale_zero_point_and_codes_against_numpy(kind: str) -> None:
     for spec, dtype in each(kind):
         x = rows(dtype, count=200)
-        scale, zero_point, codes = numpy_codes(x.float().numpy(), spec)
+        scale, zero_point, codes, values = numpy_codes(x.float().numpy(), spec)
         ours = quantize_tensor(x, spec)
         assert np.array_equal(ours.scale.numpy(), scale[:, 0]), spec
         assert np.array_equal(ours.codes.numpy(), codes), spec
         assert (ours.zero_point is None) == spec.symmetric
         assert spec.symmetric or np.array_equal(ours.zero_point.numpy(), zero_point[:, 0]), spec
-        values = torch.from_numpy((codes.astype(np.float32) - zero_point) * scale).to(dtype)
-        assert torch.equal(ours.dequantize(), values), spec
+        assert torch.equal(ours.dequantize(), torch.from_numpy(values).to(dtype)), spec
 
 
 @every_kind
@@ -104,12 +86,14 @@ def test_codes_are_small_integers_in_range(kind: str) -> None:
 
 @every_kind
 def test_codes_of_the_values_are_the_codes(kind: str) -> None:
-    """With the same scale, for every grid: quantizing what was quantized changes no code."""
+    """With the same scale: quantizing what was quantized changes no code (float zero points: see test_exactness)."""
     for spec, dtype in each(kind):
+        if spec.zero_point == "float" and dtype != torch.float32:
+            continue
         for x in (rows(dtype, count=500), rows(dtype, count=500).abs()):
             first = quantize_tensor(x, spec)
             zero_point = None if first.zero_point is None else first.zero_point.unsqueeze(-1).float()
-            again = quantize_with(first.dequantize(), first.scale.unsqueeze(-1), zero_point, first.grid)
+            again = quantize_with(first.dequantize(), first.scale.unsqueeze(-1), zero_point, first.grid, first.blocking)
             assert torch.equal(again.codes, first.codes), spec
 
 
@@ -196,22 +180,19 @@ def test_float64_stays_float64() -> None:
 def test_dequantize_reads_codes_by_hand() -> None:
     codes = torch.tensor([[0, 3, 1, 2]], dtype=torch.int8)
     scale, zero_point = torch.tensor([[0.5, 2.0]]), torch.tensor([[1, 0]], dtype=torch.int16)
-    table = QuantizedTensor(codes=codes, scale=scale, zero_point=zero_point, grid=Grid(qmin=0, qmax=3), group_size=2, dtype=torch.bfloat16)
+    pairs = Blocking(share="group", size=2)
+    integer = Grid(qmin=0, qmax=3, divisor=3, zero="integer")
+    table = QuantizedTensor(codes=codes, scale=scale, zero_point=zero_point, grid=integer, blocking=pairs, dtype=torch.bfloat16)
     assert table.dequantize().tolist() == [[-0.5, 1.0, 2.0, 4.0]]
     assert table.dequantize().dtype == torch.bfloat16
-    half = Grid(qmin=-2, qmax=1, offset=0.5)
-    whole = QuantizedTensor(codes=codes - 2, scale=torch.tensor([2.0]), zero_point=None, grid=half, group_size=None, dtype=torch.float32)
-    assert whole.dequantize().tolist() == [[-3.0, 3.0, -1.0, 1.0]]
-
-
-def test_blocks() -> None:
-    x = torch.arange(12.0).reshape(2, 6)
-    assert as_blocks(x, 3).shape == (2, 2, 3)
-    assert as_blocks(x, 3)[1, 0].tolist() == [6, 7, 8]
-    assert as_blocks(x, None) is x
-    assert as_blocks(x.t(), None, whole=True).shape == (1, 12)
-    with pytest.raises(ValueError, match="group_size: got 4 for a last axis of 6"):
-        as_blocks(x, 4)
+    value = Grid(qmin=0, qmax=3, divisor=3, zero="float")
+    shifted = QuantizedTensor(codes=codes, scale=scale, zero_point=scale - 1, grid=value, blocking=pairs, dtype=torch.float32)
+    assert shifted.dequantize().tolist() == [[-0.5, 1.0, 3.0, 5.0]]
+    half = Grid(qmin=-2, qmax=1, divisor=1, offset=0.5)
+    row = QuantizedTensor(
+        codes=codes - 2, scale=torch.tensor([2.0]), zero_point=None, grid=half, blocking=Blocking(), dtype=torch.float32
+    )
+    assert row.dequantize().tolist() == [[-3.0, 3.0, -1.0, 1.0]]
 
 
 def test_one_scale_for_everything_and_one_for_each_group() -> None:

@@ -4,7 +4,6 @@ Compiling takes some seconds, so a formula is compiled once it has worked throug
 the same bits, so nobody can tell when that happens. Without a C++ compiler the plain formulas stay, with one warning.
 """
 
-import functools
 import types
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,7 @@ WORTH_COMPILING = 2**28  # elements: about a second of plain torch, some seconds
 SMALL = 2**15  # elements: below, the call costs more than the pass
 
 _work: dict[tuple[Any, ...], int] = {}
+_compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _failed = False
 
 
@@ -28,22 +28,25 @@ def run(formula: Callable[..., Any], x: Tensor, *args: Any) -> Any:
         x: Rows of blocks, [rows, n].
         args: Its other arguments.
     """
-    settings = tuple(arg for arg in args if not isinstance(arg, Tensor))
-    key = (formula, x.dtype, settings)
-    _work[key] = _work.get(key, 0) + x.numel()
-    if _failed or x.numel() < SMALL or len(x) == 1 or _work[key] < WORTH_COMPILING or not x.is_contiguous():
+    if _failed or x.numel() < SMALL or len(x) == 1 or not x.is_contiguous():
         return formula(x, *args)
+    key = (formula, x.dtype, *(arg for arg in args if not isinstance(arg, Tensor)))
+    function = _compiled.get(key)
+    if function is None:
+        _work[key] = _work.get(key, 0) + x.numel()
+        if _work[key] < WORTH_COMPILING:
+            return formula(x, *args)
+        function = _compiled[key] = _compile(formula)
     try:
-        return _compile(formula, key)(x, *args)
+        return function(x, *args)
     except Exception as error:  # whatever a compiler can run into: the plain formula gives the same bits
         _give_up(error)
         return formula(x, *args)
 
 
-@functools.cache
-def _compile(formula: Any, key: tuple[Any, ...]) -> Callable[..., Any]:
-    """One compiled function to a key, in a code object of its own: torch counts recompilations per code object, and stops at eight."""
-    code = formula.__code__.replace(co_name=f"{formula.__name__}_{len(_work)}")
+def _compile(formula: Any) -> Callable[..., Any]:
+    """A compiled function in a code object of its own: torch counts recompilations per code object, and stops at eight."""
+    code = formula.__code__.replace(co_name=f"{formula.__name__}_{len(_compiled)}")
     own = types.FunctionType(code, formula.__globals__, formula.__name__, formula.__defaults__)
     return torch.compile(own, dynamic=True, fullgraph=True)
 
