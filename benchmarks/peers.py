@@ -7,7 +7,6 @@ quantized as they leave their projections.
 
 import importlib
 import importlib.util
-import os
 from typing import Any
 
 import torch
@@ -64,7 +63,6 @@ def torchao_missing() -> str | None:
     """Why torchao cannot be used, or None."""
     if importlib.util.find_spec("torchao") is None:
         return "torchao is not installed"
-    os.environ.setdefault("TORCHAO_SKIP_LOADING_SO_FILES", "1")  # none of its kernels take part, and some builds do not load
     try:
         importlib.import_module("torchao.quantization.qat")
     except Exception as error:  # built for another torch

@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-from typing import Any
 
 import pytest
 from hypothesis import given, settings

@@ -35,21 +35,20 @@ class Blocking:
         """Blocks of `x`; a view where strides allow.
 
         Raises:
-            ValueError: A 0-d tensor where rows are needed, a group size that does not divide the last axis, an axis that is not there.
+            ValueError: A group size that does not divide the last axis, an axis that is not there.
         """
         if self.share == "all":
             return x.reshape(1, -1)
-        if x.dim() == 0:
-            raise ValueError("granularity: a tensor without axes has only one scale; use granularity='tensor'")
         if self.share == "row":
-            return x
+            return x if x.dim() else x.reshape(1)
         if self.share == "axis":
             if not -x.dim() <= self.axis < x.dim():
                 raise ValueError(f"axis: got {self.axis} for a tensor of shape {tuple(x.shape)}")
             return x.movedim(self.axis, 0).reshape(x.shape[self.axis], x.numel() // max(x.shape[self.axis], 1))
         assert self.size is not None
-        if x.shape[-1] % self.size:
-            raise ValueError(f"group_size: got {self.size} for a last axis of {x.shape[-1]}; it must divide it without rest")
+        if x.dim() == 0 or x.shape[-1] % self.size:
+            last = x.shape[-1] if x.dim() else "no length"
+            raise ValueError(f"group_size: got {self.size} for a last axis of {last}; it must divide it without rest")
         return x.unflatten(-1, (x.shape[-1] // self.size, self.size))
 
     def rows(self, x: Tensor) -> Tensor:

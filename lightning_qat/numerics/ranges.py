@@ -74,10 +74,11 @@ def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor,
     high = torch.where(low.isfinite(), high, low)
     if grid.zero == "none":
         return _stored(_floor(_guard(high) / grid.divisor), grid), None
-    # Halving first keeps high - low finite for ranges near the largest float.
-    scale = _stored(_floor(_guard(high / 2 - low / 2) / (grid.divisor / 2)), grid)
     if grid.zero == "float":
-        return scale, _stored(low, grid)
+        # codes * scale reaches high - low: a range whose width is not a float has no such grid, and becomes NaN.
+        return _stored(_floor(_guard(high - low) / grid.divisor), grid), _stored(low, grid)
+    # Halving first keeps the step finite for ranges near the largest float.
+    scale = _stored(_floor(_guard(high / 2 - low / 2) / (grid.divisor / 2)), grid)
     zero_point = torch.round(-low / scale.masked_fill(scale == 0, 1)) + grid.qmin
     return scale, zero_point.clamp(grid.qmin, grid.qmax)
 

@@ -123,16 +123,19 @@ class Quantizer(nn.Module, ABC):
         """The integer codes of which :meth:`forward` returns the values.
 
         Raises:
-            ValueError: `x` holds NaN or inf.
+            TypeError: `x` is not floating point.
+            ValueError: `x` holds NaN or inf, or no values at all (meta device).
         """
+        dtype = compute_dtype(x)
+        if x.is_meta:
+            raise ValueError("quantize_tensor: the tensor is on the meta device and has no values")
         with torch.no_grad():
-            compute_dtype(x)
-            rows = self.blocking.rows(x)
-            shape = (*self.blocking.split(x).shape[:-1], 1)
+            blocks = self.blocking.split(x)
+            shape = (*blocks.shape[:-1], 1)
             if x.numel() == 0:
-                scale = rows.new_zeros(shape, dtype=compute_dtype(x))
+                scale = blocks.new_zeros(shape, dtype=dtype)
                 return quantize_with(x, scale, None if self.grid.zero == "none" else scale, self.grid, self.blocking)
-            scale, zero_point = self.scale_and_zero_point(rows)
+            scale, zero_point = self.scale_and_zero_point(self.blocking.rows(x))
             zero_point = None if zero_point is None else zero_point.view(shape)
             return quantize_with(x, scale.view(shape), zero_point, self.grid, self.blocking)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._dynamo
 from grids import DTYPES, FAMILIES, specs_of
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -70,10 +71,6 @@ def compare(name: str, dtype: torch.dtype, seeds: range) -> None:
     assert compiled._compiled
 
 
-def test_compiled_formulas_give_the_same_bits() -> None:
-    compare("float-zero", torch.bfloat16, range(50))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", GRIDS)
@@ -88,10 +85,20 @@ def test_fifty_shapes_take_two_compilations_at_most() -> None:
     for seed in range(50):
         shape = tuple(torch.randint(2, 60, (2,), generator=generator).tolist())
         x = rows(seed, torch.float32, shape)
+        x = x.t() if seed % 3 == 2 else x[:, ::2] if seed % 3 == 1 and shape[1] > 3 else x
         ours = compiled.run(reference.fake_quantize_dynamic, x, finder, grid, torch.float32)
         assert same_bits(ours, reference.fake_quantize_dynamic(x, finder, grid, torch.float32))
     assert 1 <= counters["stats"]["unique_graphs"] - before <= 2
     assert not compiled._failed
+
+
+def test_rounded_scales_stay_rounded() -> None:
+    """A compiler may drop a cast to half precision and back; here that would be another grid."""
+    finder, grid = GRIDS["integer-zero"]
+    for seed in range(50):
+        x = rows(seed, torch.float32)
+        ours = compiled.run(reference.fake_quantize_dynamic, x, finder, grid, torch.float32)
+        assert same_bits(ours, reference.fake_quantize_dynamic(x, finder, grid, torch.float32)), seed
 
 
 def test_a_graph_traced_by_torch_compile_holds_the_formula_and_its_bits() -> None:
@@ -103,11 +110,13 @@ def test_a_graph_traced_by_torch_compile_holds_the_formula_and_its_bits() -> Non
         y = call(x)
         assert same_bits(y, fake_quantize(x, spec)), seed
         y.backward(torch.ones_like(y))
-        assert torch.equal(x.grad, (x.detach().abs() < 2).float()), seed
+        assert torch.equal(x.grad, (~(x.detach().abs() >= 2)).float()), seed
 
 
 TRACED = {
     **{family: specs_of(family)[-1 if family == "mean_abs" else 6 * 3 + 1] for family in FAMILIES},
+    "bf16-scale": TensorSpec(bits=4, scale_dtype="bfloat16"),
+    "fp16-scale": TensorSpec(bits=4, symmetric=False, scale_dtype="float16"),
     "group": TensorSpec(bits=3, granularity="group", group_size=8),
     "axis": TensorSpec(bits=4, axis=1),
     "tensor": TensorSpec(bits=8, granularity="tensor"),
@@ -169,4 +178,3 @@ def test_what_is_not_worth_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setattr(compiled, "WORTH_COMPILING", worth)
     monkeypatch.setattr(compiled, "_compile", lambda *args: pytest.fail("compiled"))
     fake_quantize(torch.randn(shape), TensorSpec(bits=4))
-    fake_quantize(torch.randn(shape).t(), TensorSpec(bits=4))

@@ -115,7 +115,7 @@ def test_empty_tensors(shape: tuple[int, ...]) -> None:
         assert quantized.codes.shape == quantized.dequantize().shape == shape, name
 
 
-@pytest.mark.parametrize("shape", [(1,), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)], ids=str)
 def test_single_elements(shape: tuple[int, ...]) -> None:
     for spec in (TensorSpec(bits=4), TensorSpec(bits=4, symmetric=False), TensorSpec(bits=4, granularity="tensor")):
         x = torch.full(shape, -0.3)

@@ -190,5 +190,3 @@ def test_a_closer_range_clips_and_only_the_mask_shows_it(finder: str, ste: str) 
     clamped = x.grad == 0
     assert bool(clamped.any()) == (ste == "mask" and bool((y[:, 7] < 39).any()))
     assert ste == "identity" or bool((clamped <= (x.detach().abs() > y.detach().abs())).all())
-
-

@@ -86,9 +86,9 @@ def test_codes_are_small_integers_in_range(kind: str) -> None:
 
 @every_kind
 def test_codes_of_the_values_are_the_codes(kind: str) -> None:
-    """With the same scale: quantizing what was quantized changes no code (float zero points: see test_exactness)."""
+    """With the same scale: quantizing what was quantized changes no code (when it may, is in test_exactness)."""
     for spec, dtype in each(kind):
-        if spec.zero_point == "float" and dtype != torch.float32:
+        if spec.zero_point == "float" and spec.scale_dtype != "float32":
             continue
         for x in (rows(dtype, count=500), rows(dtype, count=500).abs()):
             first = quantize_tensor(x, spec)
@@ -151,7 +151,11 @@ def test_the_largest_floats_stay_finite(kind: str) -> None:
     for spec, dtype in each(kind):
         x = (shape * torch.finfo(dtype).max).to(dtype)
         y = fake_quantize(x, spec)
-        assert y.isfinite().all(), (spec, dtype)
+        # Values of float zero points are codes * scale + low, so a range wider than the largest float has none: see test_bad_input.
+        wide = spec.zero_point == "float" and dtype != torch.float16
+        assert y.isfinite().all(1).tolist() == [not wide, not wide, True, True], (spec, dtype)
+        assert y[:2].isnan().all() or not wide, (spec, dtype)
+        x, y = (x[2:], y[2:]) if wide else (x, y)
         assert torch.equal(y, quantize_tensor(x, spec).dequantize()), spec
 
 
@@ -189,9 +193,7 @@ def test_dequantize_reads_codes_by_hand() -> None:
     shifted = QuantizedTensor(codes=codes, scale=scale, zero_point=scale - 1, grid=value, blocking=pairs, dtype=torch.float32)
     assert shifted.dequantize().tolist() == [[-0.5, 1.0, 3.0, 5.0]]
     half = Grid(qmin=-2, qmax=1, divisor=1, offset=0.5)
-    row = QuantizedTensor(
-        codes=codes - 2, scale=torch.tensor([2.0]), zero_point=None, grid=half, blocking=Blocking(), dtype=torch.float32
-    )
+    row = QuantizedTensor(codes=codes - 2, scale=torch.tensor([2.0]), zero_point=None, grid=half, blocking=Blocking(), dtype=torch.float32)
     assert row.dequantize().tolist() == [[-3.0, 3.0, -1.0, 1.0]]
 
 

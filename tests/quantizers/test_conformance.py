@@ -15,14 +15,15 @@ from lightning_qat import TensorSpec
 from lightning_qat.quantizers import Quantizer, build_quantizer, quantizers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCKS = ({"granularity": "channel"}, {"granularity": "tensor"}, {"granularity": "group", "group_size": 4})
+BLOCKS = ({"granularity": "channel"}, {"granularity": "tensor"}, {"granularity": "group", "group_size": 4}, {"axis": 0})
+ZEROS = ({}, {"symmetric": False}, {"symmetric": False, "zero_point": "float"}, {"code_range": "unsigned"})
 
 
 def sort_out(name: str) -> tuple[list[TensorSpec], list[str]]:
     """The specs a quantizer takes, and what it says about the others."""
     taken, refusals = [], []
-    for bits, symmetric, blocks in itertools.product(range(1, 9), (True, False), BLOCKS):
-        spec = TensorSpec(bits=bits, symmetric=symmetric, quantizer=name, **blocks)
+    for bits, zero, blocks in itertools.product(range(1, 9), ZEROS, BLOCKS):
+        spec = TensorSpec(bits=bits, quantizer=name, **zero, **blocks)
         try:
             build_quantizer(spec)
             taken.append(spec)
@@ -54,7 +55,7 @@ def test_the_registry_finds_what_the_package_holds() -> None:
 @every_quantizer
 def test_what_is_refused_is_refused_by_the_name_of_the_field(name: str) -> None:
     for message in SORTED[name][1]:
-        assert re.match(r"TensorSpec\.(bits|symmetric): got", message)
+        assert re.match(r"TensorSpec\.(bits|symmetric|code_range|zero_point): got", message)
 
 
 @every_quantizer

@@ -28,7 +28,7 @@ def run(formula: Callable[..., Any], x: Tensor, *args: Any) -> Any:
         x: Rows of blocks, [rows, n].
         args: Its other arguments.
     """
-    if _failed or x.numel() < SMALL or len(x) == 1 or not x.is_contiguous():
+    if _failed or x.numel() < SMALL or len(x) == 1:
         return formula(x, *args)
     key = (formula, x.dtype, *(arg for arg in args if not isinstance(arg, Tensor)))
     function = _compiled.get(key)
@@ -38,7 +38,7 @@ def run(formula: Callable[..., Any], x: Tensor, *args: Any) -> Any:
             return formula(x, *args)
         function = _compiled[key] = _compile(formula)
     try:
-        return function(x, *args)
+        return function(x.contiguous(), *args)
     except Exception as error:  # whatever a compiler can run into: the plain formula gives the same bits
         _give_up(error)
         return formula(x, *args)

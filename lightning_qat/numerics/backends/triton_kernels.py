@@ -14,13 +14,10 @@ A tile is [ROWS, COLS]: many short rows, or a part of a long one. Launch without
 
 # ruff: noqa: N803, N806 (what is known to the compiler is written in capitals)
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 LARGEST = tl.constexpr((2 - 2.0**-23) * 2.0**127)  # of fp32
 LARGEST_RANGE = tl.constexpr((2 - 2.0**-23) * 2.0**127 * (1 - 2.0**-20))  # codes of such a range cannot overflow
 SMALLEST = tl.constexpr(2.0**-126)  # normal number
@@ -31,13 +28,13 @@ SIGN = tl.constexpr(-(2**31))  # the sign bit of an int32
 
 
 @triton.jit
-def _from_bfloat16(bits: Any) -> Any:
+def _from_bfloat16(bits: tl.tensor) -> tl.tensor:
     """The fp32 number of the upper half of its bits."""
     return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _to_bfloat16(values: Any) -> Any:
+def _to_bfloat16(values: tl.tensor) -> tl.tensor:
     """The nearest bfloat16, ties to even, as int16 bits."""
     bits = values.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -45,21 +42,21 @@ def _to_bfloat16(values: Any) -> Any:
 
 
 @triton.jit
-def _load(pointers: Any, valid: Any) -> Any:
+def _load(pointers: tl.tensor, valid: tl.tensor) -> tl.tensor:
     """Numbers as fp32, 0 where not valid."""
     x = tl.load(pointers, mask=valid, other=0)
     return _from_bfloat16(x) if x.dtype == tl.int16 else x.to(tl.float32)
 
 
 @triton.jit
-def _store(pointers: Any, values: Any, valid: Any) -> Any:
+def _store(pointers: tl.tensor, values: tl.tensor, valid: tl.tensor) -> None:
     """Fp32 numbers in the type behind the pointers."""
     kind: tl.constexpr = pointers.dtype.element_ty
     tl.store(pointers, _to_bfloat16(values) if kind == tl.int16 else values.to(kind), mask=valid)
 
 
 @triton.jit
-def _rounded(x: Any) -> Any:
+def _rounded(x: tl.tensor) -> tl.tensor:
     """The nearest integer, ties to even, of any float; keeps NaN, inf and the sign of zero."""
     magnitude = tl.abs(x)
     whole = (magnitude + WHOLE) - WHOLE
@@ -68,13 +65,13 @@ def _rounded(x: Any) -> Any:
 
 
 @triton.jit
-def _clamped(x: Any, low: Any, high: Any) -> Any:
+def _clamped(x: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 
 
 @triton.jit
-def _stored(x: Any, SCALE_DTYPE: tl.constexpr) -> Any:
+def _stored(x: tl.tensor, SCALE_DTYPE: tl.constexpr) -> tl.tensor:
     """Rounded to the type that scales are kept in; what overflows there saturates."""
     if SCALE_DTYPE == "bfloat16":
         x = _from_bfloat16(_to_bfloat16(_clamped(x, -LARGEST_BFLOAT16, LARGEST_BFLOAT16)))
@@ -84,32 +81,39 @@ def _stored(x: Any, SCALE_DTYPE: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _step(magnitude: Any, divisor: Any, SCALE_DTYPE: tl.constexpr) -> Any:
+def _step(magnitude: tl.tensor, divisor: tl.tensor, SCALE_DTYPE: tl.constexpr) -> tl.tensor:
     """The scale of a range: NaN where that is not finite, else 0 or a number whose reciprocal is finite."""
-    magnitude = tl.where(tl.abs(magnitude) <= LARGEST, tl.where(magnitude > LARGEST_RANGE, LARGEST_RANGE, magnitude), NAN)
+    magnitude = tl.where(tl.abs(magnitude) <= LARGEST, tl.where(magnitude > LARGEST_RANGE, LARGEST_RANGE, magnitude), float("nan"))
     scale = tl.div_rn(magnitude, tl.full(magnitude.shape, divisor, tl.float32))
     return _stored(tl.where(scale > 0, _clamped(scale, SMALLEST, LARGEST), scale), SCALE_DTYPE)
 
 
 @triton.jit
 def _scale_and_zero(
-    low: Any, high: Any, QMIN: tl.constexpr, QMAX: tl.constexpr, DIVISOR: tl.constexpr, ZERO: tl.constexpr, SCALE_DTYPE: tl.constexpr
-) -> Any:
+    low: tl.tensor,
+    high: tl.tensor,
+    QMIN: tl.constexpr,
+    QMAX: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    ZERO: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
     """See :func:`~lightning_qat.numerics.ranges.scale_and_zero_point`; the zero of grids without one means nothing."""
+    high = tl.where(tl.abs(low) <= LARGEST, high, low)
     if ZERO == "none":
         scale = _step(high, DIVISOR, SCALE_DTYPE)
         zero = scale
+    elif ZERO == "float":
+        scale = _step(high - low, DIVISOR, SCALE_DTYPE)
+        zero = _stored(low, SCALE_DTYPE)
     else:
         scale = _step(high * 0.5 - low * 0.5, DIVISOR * 0.5, SCALE_DTYPE)
-        if ZERO == "float":
-            zero = _stored(low, SCALE_DTYPE)
-        else:
-            zero = _clamped(_rounded(tl.div_rn(-low, tl.where(scale == 0, 1.0, scale))) + QMIN, QMIN, QMAX)
+        zero = _clamped(_rounded(tl.div_rn(-low, tl.where(scale == 0, 1.0, scale))) + QMIN, QMIN, QMAX)
     return scale, zero
 
 
 @triton.jit
-def _extremes(x: Any, valid: Any, ABSMAX: tl.constexpr) -> Any:
+def _extremes(x: tl.tensor, valid: tl.tensor, ABSMAX: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """(smallest, largest, 1 if there is a NaN) of each row [ROWS]; of magnitudes only the largest counts."""
     known = valid & (x == x)
     if ABSMAX:
@@ -122,18 +126,20 @@ def _extremes(x: Any, valid: Any, ABSMAX: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _range(low: Any, high: Any, nan: Any, ABSMAX: tl.constexpr, ZERO: tl.constexpr) -> Any:
+def _range(low: tl.tensor, high: tl.tensor, nan: tl.tensor, ABSMAX: tl.constexpr, ZERO: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """The range that AbsMax or MinMax make of the extremes."""
     if ABSMAX:
         low = high * -1.0
     elif ZERO != "float":
         low = tl.where(low > 0, 0.0, low)
         high = tl.where(high < 0, 0.0, high)
-    return tl.where(nan != 0, NAN, low), tl.where(nan != 0, NAN, high)
+    return tl.where(nan != 0, float("nan"), low), tl.where(nan != 0, float("nan"), high)
 
 
 @triton.jit
-def _unclamped(x: Any, scale: Any, zero: Any, OFFSET: tl.constexpr, ZERO: tl.constexpr, RECIPROCAL: tl.constexpr) -> Any:
+def _unclamped(
+    x: tl.tensor, scale: tl.tensor, zero: tl.tensor, OFFSET: tl.constexpr, ZERO: tl.constexpr, RECIPROCAL: tl.constexpr
+) -> tl.tensor:
     """See :func:`~lightning_qat.numerics.grid.unclamped`."""
     if ZERO == "float":
         x = x - zero
@@ -148,7 +154,9 @@ def _unclamped(x: Any, scale: Any, zero: Any, OFFSET: tl.constexpr, ZERO: tl.con
 
 
 @triton.jit
-def _decoded(codes: Any, scale: Any, zero: Any, OFFSET: tl.constexpr, ZERO: tl.constexpr, LIMIT: tl.constexpr) -> Any:
+def _decoded(
+    codes: tl.tensor, scale: tl.tensor, zero: tl.tensor, OFFSET: tl.constexpr, ZERO: tl.constexpr, LIMIT: tl.constexpr
+) -> tl.tensor:
     """Values of codes within +-LIMIT, the largest number of the type they are stored in."""
     if ZERO == "float":
         values = codes * scale + zero
@@ -163,9 +171,9 @@ def _decoded(codes: Any, scale: Any, zero: Any, OFFSET: tl.constexpr, ZERO: tl.c
 
 @triton.jit
 def _quantized(
-    x: Any, scale: Any, zero: Any, QMIN: tl.constexpr, QMAX: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr,
+    x: tl.tensor, scale: tl.tensor, zero: tl.tensor, QMIN: tl.constexpr, QMAX: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr,
     RECIPROCAL: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """``values``, or ``codes`` with 0 for NaN."""
     codes = _clamped(_unclamped(x, scale, zero, OFFSET, ZERO, RECIPROCAL), QMIN, QMAX)
     return tl.where(codes == codes, codes, 0.0).to(tl.int32) if OUT == "codes" else _decoded(codes, scale, zero, OFFSET, ZERO, LIMIT)
@@ -173,9 +181,10 @@ def _quantized(
 
 @triton.jit
 def dynamic_kernel(
-    x: Any, out: Any, scales: Any, zeros: Any, rows: Any, n: Any, stride: Any, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    DIVISOR: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, SCALE_DTYPE: tl.constexpr, RECIPROCAL: tl.constexpr,
-    LIMIT: tl.constexpr, OUT: tl.constexpr, ABSMAX: tl.constexpr, LONG: tl.constexpr, COLS: tl.constexpr, ELEMENTS: tl.constexpr,
+    x: tl.tensor, out: tl.tensor, scales: tl.tensor, zeros: tl.tensor, rows: tl.tensor, n: tl.tensor, stride: tl.tensor,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, DIVISOR: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, SCALE_DTYPE: tl.constexpr,
+    RECIPROCAL: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr, ABSMAX: tl.constexpr, LONG: tl.constexpr, COLS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Values (or codes, scales and zero points) of rows x[rows, n], the range of each found on the way.
 
@@ -211,8 +220,8 @@ def dynamic_kernel(
 
 @triton.jit
 def scale_kernel(
-    lows: Any, highs: Any, scales: Any, zeros: Any, rows: Any, QMIN: tl.constexpr, QMAX: tl.constexpr, DIVISOR: tl.constexpr,
-    ZERO: tl.constexpr, SCALE_DTYPE: tl.constexpr, ROWS: tl.constexpr,
+    lows: tl.tensor, highs: tl.tensor, scales: tl.tensor, zeros: tl.tensor, rows: tl.tensor,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, DIVISOR: tl.constexpr, ZERO: tl.constexpr, SCALE_DTYPE: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Scales and zero points of ranges, all [rows, 1]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -226,9 +235,9 @@ def scale_kernel(
 
 @triton.jit
 def given_kernel(
-    x: Any, out: Any, scales: Any, zeros: Any, rows: Any, n: Any, stride: Any, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    OFFSET: tl.constexpr, ZERO: tl.constexpr, RECIPROCAL: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr,
-    COLS: tl.constexpr, ELEMENTS: tl.constexpr,
+    x: tl.tensor, out: tl.tensor, scales: tl.tensor, zeros: tl.tensor, rows: tl.tensor, n: tl.tensor, stride: tl.tensor,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, RECIPROCAL: tl.constexpr, LIMIT: tl.constexpr,
+    OUT: tl.constexpr, COLS: tl.constexpr, ELEMENTS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Values or codes of rows x[rows, n] with scales [rows, 1], or which of them lie outside, as bits [rows, ceil(n / 8)]."""
     ROWS: tl.constexpr = 1 if ELEMENTS < COLS else ELEMENTS // COLS
@@ -246,14 +255,23 @@ def given_kernel(
         codes = _unclamped(tile, scale, zero, OFFSET, ZERO, RECIPROCAL)
         clamped = (valid & (((codes >= QMIN) & (codes <= QMAX)) == 0)).to(tl.int32)  # a NaN is not inside either
         packed = tl.sum(tl.reshape(clamped << (tl.arange(0, COLS)[None, :] & 7), (ROWS, COLS // 8, 8)), axis=2)
-        byte, width = tl.cdiv(first, 8) + tl.arange(0, COLS // 8)[None, :], tl.cdiv(n, 8)
+        byte, width = (first >> 3) + tl.arange(0, COLS // 8)[None, :], tl.cdiv(n, 8)
         tl.store(out + row * width + byte, packed.to(tl.uint8), mask=(row < rows) & (byte < width))
     else:
         _store(out + row * n + col, _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, LIMIT, OUT), valid)
 
 
 @triton.jit
-def gradient_kernel(grad: Any, mask: Any, out: Any, rows: Any, n: Any, stride: Any, COLS: tl.constexpr, ELEMENTS: tl.constexpr) -> None:
+def gradient_kernel(
+    grad: tl.tensor,
+    mask: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    n: tl.tensor,
+    stride: tl.tensor,
+    COLS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+) -> None:
     """The gradient [rows, n], 0 where a bit of the mask [rows, ceil(n / 8)] is set."""
     ROWS: tl.constexpr = 1 if ELEMENTS < COLS else ELEMENTS // COLS
     program, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(n, COLS)

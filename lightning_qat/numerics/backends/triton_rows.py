@@ -22,7 +22,7 @@ WIDEST_TILE = 2**11  # columns of a tile where rows need not stay together
 SMALLEST_TILE = 16  # columns; two bytes of a mask
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-INTERPRETED_ELEMENTS = 2**12  # of a tile; any number gives the same bits
+INTERPRETED_ELEMENTS = 2**13  # of a tile; any number gives the same bits
 CONFIGS = [triton.Config({"ELEMENTS": elements}, num_warps=warps) for elements, warps in ((1024, 4), (2048, 4), (4096, 8), (8192, 16))]
 
 
@@ -76,43 +76,39 @@ def masked_gradient(grad: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return _gradient(grad, mask, dtype)
 
 
-def _plain(grid: Grid) -> tuple[list[float], list[str]]:
-    return [float(v) for v in (grid.qmin, grid.qmax, grid.divisor, grid.offset)], [grid.zero, grid.scale_dtype, grid.round_via]
+def _plain(grid: Grid) -> tuple[list[float], str]:
+    return [float(v) for v in (grid.qmin, grid.qmax, grid.divisor, grid.offset)], " ".join((grid.zero, grid.scale_dtype, grid.round_via))
 
 
-def _grid(numbers: Sequence[float], names: Sequence[str]) -> Grid:
+def _grid(numbers: Sequence[float], names: str) -> Grid:
     qmin, qmax, divisor, offset = numbers
-    zero, scale_dtype, round_via = names
+    zero, scale_dtype, round_via = names.split()
     fields: dict[str, Any] = {"zero": zero, "scale_dtype": scale_dtype, "round_via": round_via}
     return Grid(qmin=int(qmin), qmax=int(qmax), divisor=divisor, offset=offset, **fields)
 
 
 @torch.library.custom_op("lightning_qat::triton_values_dynamic", mutates_args=())
-def _values_dynamic(x: Tensor, absmax: bool, numbers: Sequence[float], names: Sequence[str], dtype: torch.dtype) -> Tensor:
+def _values_dynamic(x: Tensor, absmax: bool, numbers: Sequence[float], names: str, dtype: torch.dtype) -> Tensor:
     out = x.new_empty(x.shape, dtype=dtype)
     _dynamic(x, out, absmax, _grid(numbers, names), "values")
     return out
 
 
 @torch.library.custom_op("lightning_qat::triton_codes_dynamic", mutates_args=())
-def _codes_dynamic(
-    x: Tensor, absmax: bool, numbers: Sequence[float], names: Sequence[str], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _codes_dynamic(x: Tensor, absmax: bool, numbers: Sequence[float], names: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     out = x.new_empty(x.shape, dtype=dtype)
     return (out, *_dynamic(x, out, absmax, _grid(numbers, names), "codes"))
 
 
 @torch.library.custom_op("lightning_qat::triton_values", mutates_args=())
-def _values(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, numbers: Sequence[float], names: Sequence[str], dtype: torch.dtype
-) -> Tensor:
+def _values(x: Tensor, scale: Tensor, zero_point: Tensor | None, numbers: Sequence[float], names: str, dtype: torch.dtype) -> Tensor:
     out = x.new_empty(x.shape, dtype=dtype)
     _given(x, out, scale, zero_point, _grid(numbers, names), "values")
     return out
 
 
 @torch.library.custom_op("lightning_qat::triton_outside", mutates_args=())
-def _outside(x: Tensor, scale: Tensor, zero_point: Tensor | None, numbers: Sequence[float], names: Sequence[str]) -> Tensor:
+def _outside(x: Tensor, scale: Tensor, zero_point: Tensor | None, numbers: Sequence[float], names: str) -> Tensor:
     out = x.new_empty((x.shape[0], packed_columns(x.shape[1], 1)), dtype=torch.uint8)
     _given(x, out, scale, zero_point, _grid(numbers, names), "outside")
     return out
@@ -136,7 +132,7 @@ def _(x: Tensor, absmax: bool, numbers: Any, names: Any, dtype: torch.dtype) -> 
 
 @_codes_dynamic.register_fake
 def _(x: Tensor, absmax: bool, numbers: Any, names: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), *_empty_scales(x, names[0])
+    return x.new_empty(x.shape, dtype=dtype), *_empty_scales(x, names.split()[0])
 
 
 @_values.register_fake
