@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DOCS_STAMP := $(VENV)/docs-installed
+PEERS_STAMP := $(VENV)/peers-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check bench docs clean
+.PHONY: help install demo test test-all check bench bench-gpu bench-recipe docs clean
 
 help: ## what can be made
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 install: $(STAMP) ## create .venv with the tested versions
 
@@ -27,7 +28,7 @@ demo: $(STAMP) ## data-free 4-bit and 2-bit training of the bundled teacher (abo
 test: $(STAMP) ## the default tests (about 6 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(STAMP) ## every test, the slow ones too
+test-all: $(PEERS_STAMP) ## every test, the slow ones and the comparison with torchao too
 	$(BIN)/python -m pytest
 
 check: $(STAMP) ## ruff, mypy, import contracts, spelling
@@ -37,7 +38,18 @@ check: $(STAMP) ## ruff, mypy, import contracts, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-bench: $(STAMP) ## LLM-QAT against the reference recipe, three seeds (about 35 minutes on 2 cores)
+# What is only compared with: torchao.
+$(PEERS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[peers]'
+	touch $(PEERS_STAMP)
+
+bench: $(PEERS_STAMP) ## speed and memory against unquantized training and peers, CPU (under 10 minutes on 2 idle cores)
+	$(BIN)/python -m benchmarks
+
+bench-gpu: $(PEERS_STAMP) ## the same on a GPU
+	$(BIN)/python -m benchmarks --device cuda
+
+bench-recipe: $(STAMP) ## LLM-QAT against the reference recipe, three seeds (about 35 minutes on 2 cores)
 	$(BIN)/python benchmarks/reference_recipe.py
 
 $(DOCS_STAMP): $(STAMP)

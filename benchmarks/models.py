@@ -1,6 +1,7 @@
 """The models that are timed, and the variants of each: unquantized, ours by scheme, and the peers."""
 
 import copy
+import itertools
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -132,6 +133,9 @@ def autocast(device: str, mode: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, torch.bfloat16) if mode.startswith("bf16") else nullcontext()
 
 
+_numbers = itertools.count()
+
+
 def _train(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, labels=ids).loss
 
@@ -145,7 +149,8 @@ def make_step(workload: Workload, model: Any, inputs: Tensor, optimizer: Any, mo
     forward: Any = _train if workload.trains else _layers
     if mode.endswith("compiled"):
         # A code object of its own: torch keeps compiled graphs per code object, and would look through those of other variants first.
-        own = types.FunctionType(forward.__code__.replace(), forward.__globals__)
+        code = forward.__code__.replace(co_name=f"{forward.__name__}_{next(_numbers)}")
+        own = types.FunctionType(code, forward.__globals__)
         forward = torch.compile(own, dynamic=False)
 
     def step() -> None:

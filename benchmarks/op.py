@@ -57,7 +57,7 @@ def time_op(rounds: int, device: str, quick: bool) -> list[dict[str, Any]]:
         calls = _calls(x, spec, target)
         with torch.no_grad():
             warm_up(calls, 3, device)
-            # On CUDA one call is shorter than a launch and a synchronization are exact.
+            # One call is over sooner on CUDA than its launch and a synchronization; twenty in a row hide both.
             seconds = interleave(calls, rounds, device, repeats=20 if device == "cuda" else 2)
         moved = x.numel() * (source.itemsize + target.itemsize) / 1e9
         for name, ratio in ratios(seconds, COPY).items():

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks import figure, models, op
 
-ABOUT = """Ratios are medians over rounds. In a round every variant runs once, one after the other, and is divided by the unquantized run (for
-the operation: the copy) of the same round; below 1 is faster or smaller than unquantized. The spread is minimum .. maximum, with the quartiles in
-the JSON file."""
+ABOUT = """Ratios are medians over rounds. In a round every variant runs once, one after the other, and is divided by the unquantized run
+(for the operation: the copy) of the same round; below 1 is faster or smaller than unquantized. The spread is minimum .. maximum; quartiles
+are in the JSON file."""
 PARTS = {
     "op": "One fake quantization",
     "layer": "One decoder layer, forward and backward",

@@ -110,7 +110,7 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) 
     if grid.zero == "float":
         assert zero_point is not None
         return values * scale + zero_point
-    if zero_point is not None:
+    if grid.zero == "integer" and zero_point is not None:
         values = values - zero_point
     if grid.offset:
         values = values + grid.offset

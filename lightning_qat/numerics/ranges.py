@@ -73,26 +73,23 @@ def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor,
     """Scale and zero point of ranges, any shape; NaN where a range is not finite, so that its values are NaN and never a wrong number."""
     high = torch.where(low.isfinite(), high, low)
     if grid.zero == "none":
-        return _stored(_floor(_guard(high) / grid.divisor), grid), None
+        return _stored(_step(high, grid.divisor), grid), None
     if grid.zero == "float":
         # codes * scale reaches high - low: a range whose width is not a float has no such grid, and becomes NaN.
-        return _stored(_floor(_guard(high - low) / grid.divisor), grid), _stored(low, grid)
+        return _stored(_step(high - low, grid.divisor), grid), _stored(low, grid)
     # Halving first keeps the step finite for ranges near the largest float.
-    scale = _stored(_floor(_guard(high / 2 - low / 2) / (grid.divisor / 2)), grid)
+    scale = _stored(_step(high / 2 - low / 2, grid.divisor / 2), grid)
     zero_point = torch.round(-low / scale.masked_fill(scale == 0, 1)) + grid.qmin
     return scale, zero_point.clamp(grid.qmin, grid.qmax)
 
 
-def _guard(magnitude: Tensor) -> Tensor:
-    """NaN for inf and NaN, and a range whose codes cannot overflow."""
-    limit = torch.finfo(magnitude.dtype).max * (1 - 2.0**-20)
-    return torch.where(magnitude.isfinite(), magnitude.clamp(max=limit), torch.full_like(magnitude, torch.nan))
-
-
-def _floor(scale: Tensor) -> Tensor:
-    """A finite scale whose reciprocal is finite too; 0 stays 0."""
-    info = torch.finfo(scale.dtype)
-    return torch.where(scale > 0, scale.clamp(info.tiny, info.max), scale)
+def _step(magnitude: Tensor, divisor: float) -> Tensor:
+    """`magnitude / divisor`: NaN for inf and NaN; limited so that codes do not overflow and its reciprocal is finite; 0 stays 0."""
+    info = torch.finfo(magnitude.dtype)
+    finite = torch.where(magnitude.isfinite(), magnitude.clamp(max=info.max * (1 - 2.0**-20)), torch.full_like(magnitude, torch.nan))
+    # By a tensor: on CUDA torch divides by a number through its rounded reciprocal.
+    step = finite / torch.full_like(finite, divisor)
+    return torch.where(step > 0, step.clamp(info.tiny, info.max), step)
 
 
 def _stored(values: Tensor, grid: Grid) -> Tensor:

@@ -29,8 +29,8 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SOURCE = Path(triton_kernels.__file__).read_text()
 CODES = {
-    "none": [(-7, 7, 7), (-128, 127, 127.3), (0, 255, 255)],
-    "integer": [(0, 1, 1), (-8, 7, 15)],
+    "none": [(-8, 7, 7.3), (0, 255, 255)],
+    "integer": [(-128, 127, 255)],
     "float": [(0, 255, 255)],
     "half": [(-2, 1, 1.5)],
 }
@@ -133,7 +133,7 @@ def test_every_grid_on_five_seeds(zero, dtype):
 @pytest.mark.parametrize("grid", FEW_GRIDS, ids=str)
 def test_the_other_finder_and_other_types(grid):
     other = MinMax() if grid.zero == "none" else AbsMax()
-    for dtype, out in itertools.permutations(DTYPES, 2):
+    for dtype, out in zip(DTYPES, DTYPES[1:] + DTYPES[:1], strict=True):
         check_dynamic(hard_rows(7).to(dtype), other, grid, out)
 
 
@@ -151,7 +151,7 @@ def test_any_scale_may_be_given(grid):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 257), (300, 1), (300, 3), (9, 17), (130, 128), (5, 8), (3, 2049), (1, 70_000)], ids=str)
 def test_edge_shapes(shape):
     x = torch.randn(shape)
-    for grid in FEW_GRIDS[1::3] if x.numel() < 20_000 else FEW_GRIDS[4:5]:
+    for grid in FEW_GRIDS[4:9:4]:
         check_dynamic(x, MinMax(), grid, torch.float32)
         check_given(x, *scale_and_zero_point(*AbsMax()(x, grid), grid), grid, torch.bfloat16)
 
@@ -163,7 +163,7 @@ def test_rows_that_fit_into_no_tile(monkeypatch, few_rows):
     monkeypatch.setattr(triton_rows, "FEW_ROWS", few_rows)
     x = torch.randn(3, 20_000).bfloat16()
     x[1, 17_001] = torch.nan
-    for grid, finder in itertools.product(FEW_GRIDS[1::3], (AbsMax(), MinMax())):
+    for grid, finder in zip(FEW_GRIDS[1::3], (AbsMax(), MinMax()) * 2, strict=True):
         check_dynamic(x, finder, grid, torch.bfloat16)
 
 
@@ -196,7 +196,7 @@ def test_one_scale_for_all_rows_and_double_precision():
 
 
 @on_device
-@pytest.mark.parametrize("n", [1, 8, 37, 128, 5000])
+@pytest.mark.parametrize("n", [1, 8, 37, 3000])
 def test_masked_gradient(n):
     for dtype, out in itertools.product(DTYPES, (*DTYPES, torch.float64)):
         grad, bits = hard_rows(3, n).to(dtype), torch.rand(17, n) < 0.5
@@ -224,6 +224,12 @@ def test_which_finders_are_taken():
     assert triton_rows.supports(AbsMax())
     assert triton_rows.supports(MinMax())
     assert not triton_rows.supports(lambda blocks, grid: (blocks, blocks))
+
+
+@compiled_here
+def test_only_tiles_that_hold_a_row_are_tried():
+    tried = {cols: len(triton_rows._worth_trying(triton_rows.CONFIGS, {}, COLS=cols, OUT="values")) for cols in (16, 2048, 4096, 16_384)}
+    assert tried == {16: 4, 2048: 3, 4096: 2, 16_384: 1}
 
 
 def test_no_kernel_divides_with_the_bare_operator():

@@ -26,9 +26,17 @@ INTERPRETED_ELEMENTS = 2**13  # of a tile; any number gives the same bits
 CONFIGS = [triton.Config({"ELEMENTS": elements}, num_warps=warps) for elements, warps in ((1024, 4), (2048, 4), (4096, 8), (8192, 16))]
 
 
+def _worth_trying(configs: list[Any], named: Any, **constants: Any) -> list[Any]:
+    """Tiles smaller than a row differ in warps alone; the most warps then hold it best."""
+    return [config for config in configs if config.kwargs["ELEMENTS"] >= constants["COLS"]] or configs[-1:]
+
+
 def _tuned(kernel: Any) -> Any:
     """Picks the fastest configuration for each width of a tile; not for each n, which changes with the length of a sequence."""
-    return kernel if INTERPRETED else triton.autotune(CONFIGS, key=["COLS", "LONG", "OUT"])(kernel)
+    if INTERPRETED:
+        return kernel
+    key = [name for name in ("COLS", "LONG", "OUT") if name in kernel.arg_names]
+    return triton.autotune(CONFIGS, key=key, prune_configs_by={"early_config_prune": _worth_trying})(kernel)
 
 
 _dynamic_kernel, _given_kernel = _tuned(triton_kernels.dynamic_kernel), _tuned(triton_kernels.given_kernel)
