@@ -8,38 +8,16 @@ gradient at the bounds differs between torch versions; masks are written out, bo
     dy/dzero    0 inside, -scale where clamped; for a float zero point 0 inside, 1 where clamped
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_qat.numerics.backends import choice, reference
-from lightning_qat.numerics.blocks import ROWS, Blocking
+from lightning_qat.numerics.blocks import Blocking
 from lightning_qat.numerics.grid import Grid, QuantizedTensor, encode, position
 from lightning_qat.numerics.packing import pack_bits
-from lightning_qat.numerics.ranges import RangeFinder
-
-STE = Literal["identity", "mask", "clip"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rounding:
-    """What one fake quantization does, apart from its tensors; hashable.
-
-    Args:
-        grid: The code grid.
-        finder: Finds the range of each row on the way; None where scales are given.
-        blocking: Which elements of `x` share a scale.
-        ste: The estimator of the gradient of `x`.
-        clip_value: The bound of ``clip``.
-    """
-
-    grid: Grid
-    finder: RangeFinder | None = None
-    blocking: Blocking = ROWS
-    ste: STE = "identity"
-    clip_value: float = 2.0
+from lightning_qat.numerics.rounding import Rounding
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -61,8 +39,7 @@ class _FakeQuantize(torch.autograd.Function):
         if scale is not None:
             values = choice.fake_quantize(rows, scale, zero_point, how.grid, dtype)
         else:
-            assert how.finder is not None
-            values = choice.fake_quantize_dynamic(rows, how.finder, how.grid, dtype)
+            values = choice.fake_quantize_dynamic(rows, how, dtype)
         return how.blocking.join(values, x.shape)
 
     @staticmethod
@@ -141,7 +118,9 @@ def quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
         ValueError: A block holds NaN or inf, which no integer code can stand for.
     """
     if not bool(torch.isfinite(scale).all()):
-        raise ValueError("quantize_tensor: the tensor holds NaN or inf; integer codes cannot stand for them")
+        raise ValueError(
+            "quantize_tensor: the tensor holds NaN or inf (or spans more than the largest float); integer codes cannot stand for them"
+        )
     codes = encode(blocking.split(x.detach()), scale, zero_point, grid)
     if zero_point is not None:
         zero_point = zero_point.detach().squeeze(-1)

@@ -2,6 +2,8 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -9,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_qat.numerics.backends.choice import find_scale
 from lightning_qat.numerics.blocks import Blocking
-from lightning_qat.numerics.fake_quantize import Rounding, fake_quantize_with, quantize_with
+from lightning_qat.numerics.fake_quantize import fake_quantize_with, quantize_with
 from lightning_qat.numerics.grid import Grid, QuantizedTensor
 from lightning_qat.numerics.ranges import RangeFinder, compute_dtype, scale_and_zero_point
+from lightning_qat.numerics.rounding import Rounding
 from lightning_qat.quantizers.running_range import RunningRange
 from lightning_qat.registry import Registry, did_you_mean
 from lightning_qat.specs import TensorSpec
@@ -92,7 +95,7 @@ class Quantizer(nn.Module, ABC):
     def scale_and_zero_point(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point of each row, shape [rows, n] -> [rows, 1], in at least fp32; learned quantizers return their own."""
         if self.running is None:
-            return find_scale(rows, self.finder, self.grid)
+            return find_scale(rows, self.how)
         low, high = self.running(*self.finder(rows, self.grid))
         return scale_and_zero_point(low, high, self.grid)
 
@@ -106,9 +109,9 @@ class Quantizer(nn.Module, ABC):
         Returns:
             Values on the grid, shape of `x`; `x` itself while disabled or empty.
         """
+        compute_dtype(x)  # refuses what is not floating point
         if not self.enabled or x.numel() == 0:
             return x
-        compute_dtype(x)  # refuses what is not floating point
         scale = zero_point = None
         if not self._finds_on_the_way:
             with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
@@ -117,7 +120,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def _finds_on_the_way(self) -> bool:
-        return self.running is None and self.finder.fusable and self.how.ste != "mask" and not self.learns
+        return self.running is None and self.how.ste != "mask" and not self.learns
 
     def codes(self, x: Tensor) -> QuantizedTensor:
         """The integer codes of which :meth:`forward` returns the values.
@@ -135,9 +138,22 @@ class Quantizer(nn.Module, ABC):
             if x.numel() == 0:
                 scale = blocks.new_zeros(shape, dtype=dtype)
                 return quantize_with(x, scale, None if self.grid.zero == "none" else scale, self.grid, self.blocking)
-            scale, zero_point = self.scale_and_zero_point(self.blocking.rows(x))
+            with self._not_observing():
+                scale, zero_point = self.scale_and_zero_point(self.blocking.rows(x))
             zero_point = None if zero_point is None else zero_point.view(shape)
             return quantize_with(x, scale.view(shape), zero_point, self.grid, self.blocking)
+
+    @contextmanager
+    def _not_observing(self) -> Iterator[None]:
+        """Looking at codes is not training: a running range stays as it is."""
+        training = self.training
+        if self.running is not None:
+            self.running.eval()
+        try:
+            yield
+        finally:
+            if self.running is not None:
+                self.running.train(training)
 
     def extra_repr(self) -> str:
         """The spec in one line, without its defaults."""

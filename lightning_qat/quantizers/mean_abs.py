@@ -28,8 +28,9 @@ class MeanAbsQuantizer(Quantizer):
             raise ValueError("TensorSpec.divisor: got 'half_range' with quantizer 'mean_abs', which divides by nothing; use 'qmax'")
         if not spec.symmetric:
             raise ValueError("TensorSpec.symmetric: got False with quantizer 'mean_abs', whose levels are symmetric; use True")
-        if spec.code_range == "unsigned" or spec.range_finder != "absmax" or not spec.dynamic:
-            raise ValueError("TensorSpec: quantizer 'mean_abs' takes no code_range='unsigned', no range_finder and no dynamic=False")
+        for field, expected in (("code_range", "narrow"), ("range_finder", "absmax"), ("dynamic", True)):
+            if (got := getattr(spec, field)) != expected:
+                raise ValueError(f"TensorSpec.{field}: got {got!r} with quantizer 'mean_abs', allowed is {expected!r}; or use 'minmax'")
         step = 2 if bits == 1 else 1  # in units of m
         return Grid(qmin=-bits, qmax=bits - 1, divisor=1 / step, offset=0.5, scale_dtype=spec.scale_dtype, round_via=spec.round_via)
 

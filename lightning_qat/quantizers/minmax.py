@@ -11,10 +11,10 @@ other than the extremes clip on purpose (``range_finder``).
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from lightning_qat.numerics.fake_quantize import Rounding
 from lightning_qat.numerics.grid import Grid
 from lightning_qat.numerics.range_search import LpSearch, Percentile
 from lightning_qat.numerics.ranges import AbsMax, MinMax, RangeFinder
+from lightning_qat.numerics.rounding import Rounding
 from lightning_qat.quantizers.base import Quantizer, quantizers
 from lightning_qat.registry import did_you_mean
 from lightning_qat.specs import TensorSpec
@@ -57,7 +57,11 @@ class MinMaxQuantizer(Quantizer):
     def build_grid(spec: TensorSpec) -> Grid:
         """Signed codes around 0, or unsigned codes with a zero point."""
         bits = spec.code_bits
-        if spec.symmetric and bits == 1:
+        if not spec.symmetric and spec.code_range != "narrow":
+            raise ValueError(
+                f"TensorSpec.code_range: got {spec.code_range!r} with symmetric=False, whose codes are always 0 to 2^bits - 1; leave it out"
+            )
+        if spec.symmetric and bits == 1 and spec.code_range != "unsigned":
             raise ValueError("TensorSpec.bits: got 1 with quantizer 'minmax', whose only 1-bit level would be 0; use 'mean_abs'")
         unsigned = spec.code_range == "unsigned" or not spec.symmetric
         if unsigned and spec.divisor != "qmax":

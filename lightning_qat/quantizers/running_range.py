@@ -37,7 +37,8 @@ class RunningRange(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             assert buffer is not None
-            setattr(self, name, buffer.to(getattr(self, name).device))
+            now = getattr(self, name)
+            setattr(self, name, now.to(buffer.dtype) if buffer.is_meta else buffer.to(now.device))
         return self
 
     def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_qat import TensorSpec, fake_quantize
-from lightning_qat.numerics.fake_quantize import Rounding, fake_quantize_with
+from lightning_qat.numerics.fake_quantize import fake_quantize_with
 from lightning_qat.numerics.grid import Grid
 from lightning_qat.numerics.ranges import AbsMax
+from lightning_qat.numerics.rounding import Rounding
 
 CLIP = {"ste": "clip"}
 INTEGER = Grid(qmin=0, qmax=3, divisor=3, zero="integer")

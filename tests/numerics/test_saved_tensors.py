@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qat import TensorSpec, fake_quantize
-from lightning_qat.numerics.fake_quantize import Rounding, fake_quantize_with
+from lightning_qat.numerics.fake_quantize import fake_quantize_with
 from lightning_qat.numerics.grid import Grid
+from lightning_qat.numerics.rounding import Rounding
 from lightning_qat.quantizers import build_quantizer
 
 IDENTITY = TensorSpec(bits=4)

@@ -13,16 +13,19 @@ from torch import Tensor
 from lightning_qat.numerics.backends import compiled, reference
 from lightning_qat.numerics.grid import Grid
 from lightning_qat.numerics.packing import pack_bits, unpack_bits
-from lightning_qat.numerics.ranges import RangeFinder, scale_and_zero_point
+from lightning_qat.numerics.ranges import scale_and_zero_point
+from lightning_qat.numerics.rounding import BY_KEY, Rounding
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def fake_quantize_dynamic(x: Tensor, finder: RangeFinder, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Values of the codes of rows [rows, n] in `dtype`; the range of each row is found on the way, by a fusable finder."""
-    if (kernels := _triton(x)) is not None and kernels.supports(finder):
-        return kernels.fake_quantize_dynamic(x, finder, grid, dtype)
-    return _torch(reference.fake_quantize_dynamic, x, finder, grid, dtype)
+def fake_quantize_dynamic(x: Tensor, how: Rounding, dtype: torch.dtype) -> Tensor:
+    """Values of the codes of rows [rows, n] in `dtype`; the range of each row is found on the way."""
+    if (kernels := _triton(x)) is not None and kernels.supports(how.finder):
+        return kernels.fake_quantize_dynamic(x, how.finder, how.grid, dtype)
+    if how.is_fusable:
+        return _torch(reference.fake_quantize_dynamic, x, how.finder, how.grid, dtype)
+    return fake_quantize(x, *find_scale(x, how), how.grid, dtype)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, dtype: torch.dtype) -> Tensor:
@@ -32,12 +35,15 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
     return _torch(reference.fake_quantize, x, scale, zero_point, grid, dtype)
 
 
-def encode_dynamic(x: Tensor, finder: RangeFinder, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+def encode_dynamic(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
     """(integer codes, scale, zero point) of rows [rows, n]."""
-    if (kernels := _triton(x)) is not None and kernels.supports(finder):
-        codes, scale, zero_point = kernels.encode_dynamic(x, finder, grid)
-        return codes, scale, zero_point
-    codes, scale, zero_point = _torch(reference.encode_dynamic, x, finder, grid)
+    if (kernels := _triton(x)) is not None and kernels.supports(how.finder):
+        codes, scale, zero_point = kernels.encode_dynamic(x, how.finder, how.grid)
+    elif how.is_fusable:
+        codes, scale, zero_point = _torch(reference.encode_dynamic, x, how.finder, how.grid)
+    else:
+        scale, zero_point = find_scale(x, how)
+        codes = _torch(reference.encode, x, scale, zero_point, how.grid)
     return codes, scale, zero_point
 
 
@@ -55,12 +61,13 @@ def masked_gradient(grad: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.to(dtype).masked_fill(unpack_bits(mask, grad.shape[-1]), 0)
 
 
-def find_scale(x: Tensor, finder: RangeFinder, grid: Grid) -> tuple[Tensor, Tensor | None]:
+def find_scale(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of each row; what is not fusable runs in plain torch also inside compiled graphs, so that its bits stay."""
-    if torch.compiler.is_compiling() and not finder.fusable:
-        scale, zero_point = _find_scale_opaque(x, _remember(finder, grid))
-        return scale, zero_point if grid.zero != "none" else None
-    return scale_and_zero_point(*finder(x, grid), grid)
+    if torch.compiler.is_compiling() and not how.is_fusable:
+        scale, zero_point = _find_scale_opaque(x, how.key)
+        return scale, zero_point if how.grid.zero != "none" else None
+    assert how.finder is not None
+    return scale_and_zero_point(*how.finder(x, how.grid), how.grid)
 
 
 def _triton(x: Tensor) -> Any:
@@ -78,19 +85,9 @@ def _torch(formula: Any, x: Tensor, *args: Any) -> Any:
     return compiled.run(formula, x, *args)
 
 
-_finders: dict[str, tuple[RangeFinder, Grid]] = {}  # an op takes plain values only
-
-
-def _remember(finder: RangeFinder, grid: Grid) -> str:
-    key = f"{finder} {grid}"
-    _finders[key] = (finder, grid)
-    return key
-
-
 @torch.library.custom_op("lightning_qat::find_scale", mutates_args=())
 def _find_scale_opaque(x: Tensor, key: str) -> tuple[Tensor, Tensor]:
-    finder, grid = _finders[key]
-    scale, zero_point = scale_and_zero_point(*finder(x, grid), grid)
+    scale, zero_point = find_scale(x, BY_KEY[key])
     return scale, torch.zeros_like(scale) if zero_point is None else zero_point
 
 

@@ -36,8 +36,9 @@ def run(formula: Callable[..., Any], x: Tensor, *args: Any) -> Any:
         _work[key] = _work.get(key, 0) + x.numel()
         if _work[key] < WORTH_COMPILING:
             return formula(x, *args)
-        function = _compiled[key] = _compile(formula)
     try:
+        if function is None:
+            function = _compiled[key] = _compile(formula)
         return function(x.contiguous(), *args)
     except Exception as error:  # whatever a compiler can run into: the plain formula gives the same bits
         _give_up(error)

@@ -6,13 +6,14 @@ Tensors are rows of blocks, [rows, n]; scales and zero points are [rows, 1].
 import torch
 from torch import Tensor
 
-from lightning_qat.numerics.grid import Grid, cast, decode, encode, unclamped
+from lightning_qat.numerics import grid as grids
+from lightning_qat.numerics.grid import Grid, cast, decode, unclamped
 from lightning_qat.numerics.ranges import RangeFinder, scale_and_zero_point
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, dtype: torch.dtype) -> Tensor:
     """Values of the codes of `x` in `dtype`."""
-    return cast(decode(encode(x, scale, zero_point, grid), scale, zero_point, grid), dtype)
+    return cast(decode(grids.encode(x, scale, zero_point, grid), scale, zero_point, grid), dtype)
 
 
 def fake_quantize_dynamic(x: Tensor, finder: RangeFinder, grid: Grid, dtype: torch.dtype) -> Tensor:
@@ -23,7 +24,12 @@ def fake_quantize_dynamic(x: Tensor, finder: RangeFinder, grid: Grid, dtype: tor
 def encode_dynamic(x: Tensor, finder: RangeFinder, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
     """(codes in the grid's integer type, scale, zero point); the codes of a row that is not finite mean nothing, its scale is NaN."""
     scale, zero_point = scale_and_zero_point(*finder(x, grid), grid)
-    return torch.nan_to_num(encode(x, scale, zero_point, grid)).to(grid.code_dtype), scale, zero_point
+    return encode(x, scale, zero_point, grid), scale, zero_point
+
+
+def encode(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """Codes in the grid's integer type; those of NaN mean nothing."""
+    return torch.nan_to_num(grids.encode(x, scale, zero_point, grid)).to(grid.code_dtype)
 
 
 def outside(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
