@@ -49,8 +49,7 @@ def measure(workload: Workload, mode: str, name: str, device: str) -> dict[str, 
         model = variant_of(plain, BY_NAME[name])
         del plain
     step = make_step(workload, model, inputs, make_optimizer(model), mode, device)
-    for _ in range(2):
-        step()
+    step()  # compiles what there is to compile and makes the optimizer's state
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -111,7 +111,7 @@ def _times(rows: list[dict[str, Any]], result: dict[str, Any]) -> Iterator[str]:
 
 
 def _memory(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "Each in a process of its own, after two steps of warm-up; *before* is parameters and optimizer state.\n"
+    yield "Each in a process of its own, after one step of warm-up; *before* is parameters and optimizer state.\n"
     yield "| model | mode | variant | peak / unquantized | peak MiB | before MiB |\n|---|---|---|---|---|---|"
     for row in rows:
         ratio = "-" if row["ratio"] is None else f"**{row['ratio']:.2f}**"

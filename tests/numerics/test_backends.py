@@ -11,9 +11,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from lightning_qat import TensorSpec, fake_quantize
-from lightning_qat.numerics.backends import compiled, reference
+from lightning_qat.numerics.backends import choice, compiled, reference
 from lightning_qat.numerics.grid import Grid
 from lightning_qat.numerics.ranges import AbsMax, MinMax, RangeFinder, scale_and_zero_point
+from lightning_qat.numerics.rounding import Rounding
 from lightning_qat.quantizers import build_quantizer
 
 GRIDS: dict[str, tuple[RangeFinder, Grid]] = {
@@ -56,16 +57,15 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 def compare(name: str, dtype: torch.dtype, seeds: range) -> None:
     finder, grid = GRIDS[name]
+    how = Rounding(grid=grid, finder=finder)
     for seed in seeds:
         x = rows(seed, dtype)
-        ours = compiled.run(reference.fake_quantize_dynamic, x, finder, grid, dtype)
+        ours = choice.fake_quantize_dynamic(x, how, dtype)
         assert same_bits(ours, reference.fake_quantize_dynamic(x, finder, grid, dtype)), seed
         scale, zero_point = scale_and_zero_point(*finder(x, grid), grid)
-        ours = compiled.run(reference.fake_quantize, x, scale, zero_point, grid, dtype)
+        ours = choice.fake_quantize(x, scale, zero_point, grid, dtype)
         assert same_bits(ours, reference.fake_quantize(x, scale, zero_point, grid, dtype)), seed
-        for mine, wanted in zip(
-            compiled.run(reference.encode_dynamic, x, finder, grid), reference.encode_dynamic(x, finder, grid), strict=True
-        ):
+        for mine, wanted in zip(choice.encode_dynamic(x, how), reference.encode_dynamic(x, finder, grid), strict=True):
             assert (mine is None and wanted is None) or same_bits(mine, wanted), seed
     assert not compiled._failed
     assert compiled._compiled
@@ -97,7 +97,7 @@ def test_rounded_scales_stay_rounded() -> None:
     finder, grid = GRIDS["integer-zero"]
     for seed in range(50):
         x = rows(seed, torch.float32)
-        ours = compiled.run(reference.fake_quantize_dynamic, x, finder, grid, torch.float32)
+        ours = choice.fake_quantize_dynamic(x, Rounding(grid=grid, finder=finder), torch.float32)
         assert same_bits(ours, reference.fake_quantize_dynamic(x, finder, grid, torch.float32)), seed
 
 
