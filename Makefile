@@ -43,7 +43,7 @@ $(PEERS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[peers]'
 	touch $(PEERS_STAMP)
 
-bench: $(PEERS_STAMP) ## speed and memory against unquantized training and peers, CPU (under 10 minutes on 2 idle cores)
+bench: $(PEERS_STAMP) ## speed and memory against unquantized training and peers, CPU (about 10 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks
 
 bench-gpu: $(PEERS_STAMP) ## the same on a GPU
