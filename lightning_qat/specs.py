@@ -145,12 +145,13 @@ class TensorSpec:
 class KVSpec:
     """How keys and values of attention are quantized (LLM-QAT, section 3.3).
 
+    `quantizer`, `symmetric`, `zero_point`, `code_range`, `divisor`, `scale_dtype` and `round_via` are those of :class:`TensorSpec`.
+
     Args:
         bits: Bits per code, 2 to 8; 16 or None turns quantization off.
         position: ``post_rope`` quantizes what a serving cache stores; ``pre_rope`` the projections' outputs, as the paper does.
         granularity: One scale per token and head (``token_head``), or per token over all heads (``token``).
         past_only: Quantize only the past, not the current token; not implemented yet.
-        quantizer, symmetric, zero_point, code_range, divisor, scale_dtype, round_via: As in :class:`TensorSpec`.
     """
 
     bits: float | None
