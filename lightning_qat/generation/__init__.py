@@ -1,6 +1,7 @@
 """Sampling from a teacher: torch and transformers only."""
 
-from lightning_qat.generation.engine import GenerationSettings, generate_rows
+from lightning_qat.generation._old import generate_rows
+from lightning_qat.generation.settings import GenerationSettings
 from lightning_qat.generation.teacher import (
     TINY_TEACHER,
     cast_parameters,

@@ -109,6 +109,20 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """A short hash of a tokenizer's vocabulary and special ids."""
+    if tokenizer is None:
+        return None
+    content = (sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids))
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def max_positions(model: Any) -> int | None:
+    """How many positions a model has; None where it does not say."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
 def end_tokens(model: Any) -> list[int]:
     """All ids that end a sequence; models may have none, one or several."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
