@@ -2,6 +2,8 @@
 
 from lightning_qat.generation._old import generate_rows
 from lightning_qat.generation.settings import GenerationSettings
+from lightning_qat.generation.source import TeacherSource
+from lightning_qat.generation.steppers import CallableTeacher
 from lightning_qat.generation.teacher import (
     TINY_TEACHER,
     cast_parameters,
@@ -16,6 +18,8 @@ from lightning_qat.generation.teacher import (
 
 __all__ = [
     "TINY_TEACHER",
+    "CallableTeacher",
+    "TeacherSource",
     "GenerationSettings",
     "cast_parameters",
     "check_causal_lm",

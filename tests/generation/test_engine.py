@@ -1,67 +1,109 @@
 """Samples are what section 3.1 of LLM-QAT says, and each is a function of (teacher, settings, seed, index) alone."""
 
+import itertools
 import math
-from types import SimpleNamespace
+import random
 
 import pytest
 import torch
-from models import character_tokenizer, gemma3, gpt2, llama, opt, qwen3, save_causal_lm, vit
-from torch import nn
-from transformers import LlamaConfig
+from models import gemma3, gpt2, llama, opt, qwen3
+from torch.nn import functional
 
-from lightning_qat.generation import GenerationSettings, fingerprint, generate_rows, load_causal_lm, load_tokenizer, start_tokens
-from lightning_qat.generation.engine import sample_token
+from lightning_qat.generation import GenerationSettings
+from lightning_qat.generation.engine import generate
 from lightning_qat.generation.randomness import uniform
+from lightning_qat.generation.sample import ASSISTANT, FORCED, USER
+from lightning_qat.generation.scripts import ALL, Span, StartTokens
+from lightning_qat.generation.steppers import ModelStepper
+from lightning_qat.generation.targets import unpack_targets
 
 MODELS = {"llama": llama, "gpt2": gpt2, "opt": opt, "qwen3": qwen3, "gemma3": gemma3}
 each_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
 
-class Markov(nn.Module):
-    """The next token depends on the last one only: row i of `table` holds the logits after token i."""
+class Markov:
+    """A stepper whose next token depends on the last one only: row i of `table` holds the logits after token i."""
 
-    def __init__(self, table, eos=None):
-        super().__init__()
-        self.table = nn.Parameter(table)
-        self.config = LlamaConfig(vocab_size=len(table), num_hidden_layers=1, bos_token_id=None, eos_token_id=None)
-        self.generation_config = SimpleNamespace(eos_token_id=eos)
+    def __init__(self, table, rows=8):
+        self.table, self.rows, self.device = table, rows, torch.device("cpu")
 
-    def forward(self, input_ids, past_key_values, use_cache):
-        return SimpleNamespace(logits=self.table[input_ids])
+    def step(self, tokens, positions, longest):
+        assert int(positions.max()) + 1 == longest
+        return self.table[tokens]
 
 
 def random_table(size=8, spread=1.0):
     return torch.randn(size, size, generator=torch.Generator().manual_seed(3)) * spread
 
 
-def tile(model, first=0, allowed=None, **changes):
+def write(teacher, indices=range(8), allowed=None, ends=(), never=(), script=None, **changes):
+    """Samples by number; `teacher` is a table of logits or a model."""
     settings = GenerationSettings(**{"max_length": 12, "rows": 8} | changes)
-    return generate_rows(model, settings, first, list(range(2, 90)) if allowed is None else allowed)
+    if isinstance(teacher, torch.Tensor):
+        size, stepper = len(teacher), Markov(teacher, settings.rows)
+    else:
+        size, stepper = teacher.get_input_embeddings().weight.shape[0], ModelStepper(teacher, settings.rows, settings.max_length)
+    allowed = list(range(2, min(90, size))) if allowed is None else allowed
+    script = script or StartTokens(allowed, ends, settings.seed, settings.greedy_tokens, mode=settings.mode)
+    return {sample.index: sample for sample in generate(stepper, script, settings, size, indices, never)}
+
+
+def stack(samples):
+    return torch.stack([samples[index].tokens for index in sorted(samples)])
+
+
+def same(first, second):
+    """Bitwise, all of a sample."""
+    return all(
+        a == b if not isinstance(a, torch.Tensor) else torch.equal(a, b)
+        for field in ("index", "tokens", "roles", "targets", "tails", "nll", "chosen")
+        for a, b in [(getattr(first, field), getattr(second, field))]
+    )
 
 
 # ---------------------------------------------------------------- a function of seed and index
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @each_model
-def test_a_tile_does_not_depend_on_what_was_generated_before(build):
-    model = build()
-    run = [tile(model, first) for first in (0, 8, 16)]
-    tokens, lengths = tile(build(), 8)
-    assert torch.equal(tokens, run[1][0])
-    assert torch.equal(lengths, run[1][1])
-    assert not torch.equal(run[0][0], run[1][0])
+def test_a_sample_does_not_depend_on_what_is_written_beside_it(build, dtype):
+    """Rows end at different times, over more than one block of positions where the model has them; targets too, bit for bit."""
+    model = build().to(getattr(torch, dtype))
+    ends = list(range(5, model.get_input_embeddings().weight.shape[0], 48))
+    options = {"max_length": min(100, model.config.max_position_embeddings), "logits": 4}
+    whole = write(model, range(60), ends=ends, **options)
+    assert len({len(sample.tokens) for sample in whole.values()}) > 10
+    order = random.Random(0).sample(range(60), 45)
+    parts = [write(model, order[:20], ends=ends, **options), write(model, order[20:], ends=ends, **options)]
+    for part in parts:
+        for index, sample in part.items():
+            assert same(sample, whole[index]), index
 
 
-def test_a_sample_does_not_depend_on_its_place_in_the_tile():
-    model, everything = Markov(random_table(96)), tile(Markov(random_table(96)), rows=32)[0]
-    for first in (0, 3, 24):
-        assert torch.equal(tile(model, first)[0], everything[first : first + 8])
+def test_samples_are_given_out_as_they_finish_and_numbers_are_asked_for_one_at_a_time():
+    asked = []
+    stepper, settings = Markov(random_table()), GenerationSettings(max_length=30, rows=8)
+    endless = (asked.append(i) or i for i in itertools.count())
+    samples = generate(stepper, StartTokens([1, 2, 3], [5], 0, (0, 0)), settings, 8, endless)
+    first = [next(samples) for _ in range(20)]
+    assert len(asked) <= 20 + 2 * 8
+    whole = write(random_table(), range(40), [1, 2, 3], [5], max_length=30, greedy_tokens=(0, 0))
+    assert all(same(sample, whole[sample.index]) for sample in first)
+    assert [sample.index for sample in first] != sorted(sample.index for sample in first)
 
 
 def test_another_seed_gives_other_samples():
-    model = Markov(random_table(96))
-    assert torch.equal(tile(model, seed=1)[0], tile(model, seed=1)[0])
-    assert (tile(model, seed=1)[0] != tile(model, seed=2)[0]).float().mean() > 0.5
+    table = random_table(96)
+    assert torch.equal(stack(write(table, seed=1)), stack(write(table, seed=1)))
+    assert (stack(write(table, seed=1)) != stack(write(table, seed=2))).float().mean() > 0.5
+
+
+def test_what_is_given_out_can_be_trained_on():
+    """Neither views of the engine's rows nor tensors of inference mode."""
+    samples = write(random_table(), range(40), logits=2)
+    assert not any(sample.tokens.is_inference() for sample in samples.values())
+    assert same(samples[0], write(random_table(), [0], logits=2)[0])
+    assert samples[0].tokens.untyped_storage().nbytes() == samples[0].tokens.nbytes
 
 
 # ---------------------------------------------------------------- the rule of the paper
@@ -69,18 +111,31 @@ def test_another_seed_gives_other_samples():
 
 def chi_square(observed, probabilities):
     expected = observed.sum(-1, keepdim=True) * probabilities
-    return ((observed - expected) ** 2 / expected).sum().item()
+    return ((observed - expected) ** 2 / expected)[expected > 0].sum().item()
 
 
-def test_continuations_follow_the_full_softmax():
+@pytest.mark.parametrize(
+    ("options", "law"),
+    [
+        ({}, lambda table: table.softmax(-1)),
+        ({"temperature": 1.7}, lambda table: (table / 1.7).softmax(-1)),
+        ({"top_k": 3}, lambda table: table.masked_fill(table < table.topk(3).values[:, -1:], -torch.inf).softmax(-1)),
+    ],
+    ids=["softmax", "temperature", "top-k"],
+)
+def test_continuations_follow_the_teachers_distribution(options, law):
     table = random_table()
-    tokens, _ = tile(Markov(table), allowed=list(range(8)), rows=4096, max_length=4, greedy_tokens=(0, 0))
-    pairs = torch.cat([tokens[:, i : i + 2] for i in range(3)])
+    samples = stack(write(table, range(4096), list(range(8)), rows=512, max_length=4, mode="sample", **options))
+    pairs = torch.cat([samples[:, i : i + 2] for i in range(3)])
     observed = torch.zeros(8, 8).index_put_((pairs[:, 0], pairs[:, 1]), torch.ones(len(pairs)), accumulate=True)
-    bound = 56 + 5 * math.sqrt(2 * 56)  # 8 rows of 7 degrees of freedom, five standard deviations
-    assert chi_square(observed, table.softmax(-1)) < bound
-    assert chi_square(observed, (table / 1.2).softmax(-1)) > bound  # the test would notice a temperature of 1.2
-    starts = torch.bincount(tokens[:, 0], minlength=8).float()
+    expected = law(table)
+    assert observed[expected == 0].sum() == 0
+    freedom = int((expected > 0).sum()) - 8
+    bound = freedom + 5 * math.sqrt(2 * freedom)
+    assert chi_square(observed, expected) < bound
+    bent = law(table / 1.4)  # the test would notice
+    assert chi_square(observed, bent) > bound
+    starts = torch.bincount(samples[:, 0], minlength=8).float()
     assert chi_square(starts, torch.full((8,), 1 / 8)) < 7 + 5 * math.sqrt(14)
 
 
@@ -88,7 +143,7 @@ def test_continuations_follow_the_full_softmax():
 def test_the_greedy_prefix_is_drawn_from_its_range(low, high):
     table = torch.zeros(96, 96)
     table[torch.arange(96), torch.randperm(96)] = 0.5  # the most probable token has a chance of 1.7 %
-    tokens, _ = tile(Markov(table), rows=3000, max_length=9, greedy_tokens=(low, high))
+    tokens = stack(write(table, range(3000), rows=600, max_length=9, greedy_tokens=(low, high)))
     best = table.argmax(-1)[tokens[:, :-1]] == tokens[:, 1:]
     run = best.long().cumprod(-1).sum(-1)  # most probable tokens in a row; a sampled one may follow by chance
     assert int(run.min()) == low
@@ -98,131 +153,142 @@ def test_the_greedy_prefix_is_drawn_from_its_range(low, high):
 
 
 @each_model
-def test_the_greedy_part_is_what_generate_gives(build):
+def test_greedy_samples_are_what_generate_gives(build):
     model = build()
-    tokens, lengths = tile(model, greedy_tokens=(11, 11))
+    tokens = stack(write(model, mode="greedy"))
     wanted = model.generate(tokens[:, :1], attention_mask=torch.ones(8, 1).long(), max_new_tokens=11, do_sample=False)
     assert torch.equal(tokens, wanted)
-    assert lengths.tolist() == [12] * 8
 
 
 @each_model
 @torch.no_grad()
-def test_the_sampled_part_is_drawn_from_the_uncached_models_softmax(build):
+def test_sampled_tokens_are_drawn_from_the_uncached_models_softmax(build):
     model = build().double()
-    tokens, _ = tile(model, greedy_tokens=(0, 0), seed=7)
-    logits = model(tokens).logits
+    samples = write(model, mode="sample", seed=7)
+    tokens = stack(samples)
+    probabilities = model(tokens).logits.softmax(-1)
     for position in range(1, 12):
-        cumulative = logits[:, position - 1].float().softmax(-1).cumsum(-1)
-        draw = uniform(7, torch.arange(8), position + 2).float() * cumulative[:, -1]
+        cumulative = probabilities[:, position - 1].cumsum(-1)
+        draw = uniform(7, torch.arange(8), position + 2)
         assert torch.equal(tokens[:, position], (cumulative <= draw[:, None]).sum(-1)), position
-
-
-@pytest.mark.parametrize("draw", [0.0, 0.2499, 0.25, 0.7499, 1 - 2**-53])
-def test_inverse_cdf_by_hand(draw):
-    """Probabilities 1/4, 0, 1/2, 1/4."""
-    logits = torch.tensor([[1.0, 0.0, 2.0, 1.0]]).log()
-    assert sample_token(logits, torch.tensor([draw], dtype=torch.float64)).item() == (0 if draw < 0.25 else 2 if draw < 0.75 else 3)
-
-
-def test_impossible_tokens_are_never_drawn():
-    logits = torch.full((1, 6), float("-inf"))
-    logits[0, 2] = 0.0
-    assert sample_token(logits.expand(3, 6), torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)).tolist() == [2, 2, 2]
+    chosen = probabilities[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    assert torch.allclose(torch.tensor([samples[i].nll for i in range(8)]).double(), -chosen.log().sum(-1), rtol=1e-6)
+    assert {sample.chosen for sample in samples.values()} == {11}
 
 
 # ---------------------------------------------------------------- where samples end
 
 
-@pytest.mark.parametrize("eos", [4, [4, 6]], ids=["one", "two"])
-def test_the_end_token_ends_a_row(eos):
+@pytest.mark.parametrize("ends", [[4], [4, 6]], ids=["one", "two"])
+def test_an_end_token_ends_a_sample(ends):
     table = random_table()
-    table[torch.as_tensor(eos)] = float("nan")  # what follows the end token is of no interest
-    tokens, lengths = tile(Markov(table, eos), allowed=[1, 2, 3], rows=64, max_length=40)
-    ends = torch.isin(tokens, torch.as_tensor(eos))
-    assert ends.any(-1).sum() > 50
-    for row, length, end in zip(tokens, lengths.tolist(), ends, strict=True):
-        assert end.sum() <= 1
-        assert length == (int(end.nonzero()) + 1 if end.any() else 40)
-        assert row[length:].count_nonzero() == 0
+    table[ends] = float("nan")  # what follows the end token is of no interest
+    samples = write(table, range(64), [1, 2, 3], ends, rows=16, max_length=40, mode="sample")
+    assert sorted(samples) == list(range(64))
+    for sample in samples.values():
+        found = torch.isin(sample.tokens, torch.tensor(ends))
+        assert found[:-1].sum() == 0
+        assert bool(found[-1]) or len(sample.tokens) == 40
+    assert sum(int(sample.tokens[-1]) in ends for sample in samples.values()) > 50
 
 
-def test_without_an_end_token_rows_are_full():
-    assert tile(Markov(random_table(96)))[1].tolist() == [12] * 8
+def test_ids_the_tokenizer_does_not_know_are_never_drawn():
+    table = random_table()
+    table[:, 7] = 9.0
+    assert 7 in stack(write(table, range(32), [1, 2]))
+    for mode in ("sample", "greedy"):
+        assert 7 not in stack(write(table, range(32), [1, 2], never=[7], mode=mode))
 
 
-def test_generation_stops_when_every_row_has_ended():
-    table = torch.full((8, 8), -30.0)
-    table[:, 4] = 30.0
-    steps = []
-    tokens, lengths = generate_rows(Markov(table, 4), GenerationSettings(max_length=50, rows=4), 0, [1], lambda: steps.append(1))
-    assert (len(steps), lengths.tolist()) == (1, [2] * 4)
-    assert tokens[:, :3].tolist() == [[1, 4, 0]] * 4
+# ---------------------------------------------------------------- scripts with several spans
 
 
-# ---------------------------------------------------------------- start tokens
+class Dialogue:
+    """Two forced tokens, a user that ends with 4, one forced token, an answer that ends with 4 or 6."""
+
+    identity, keeps_roles = {}, True
+
+    def spans(self, index):
+        yield Span([1, 2], USER, 0, frozenset({4}))
+        yield Span([3], ASSISTANT, ALL, frozenset({4, 6}))
 
 
-def teacher_with(size, **ids):
-    config = LlamaConfig(vocab_size=size, **{"bos_token_id": None, "eos_token_id": None} | ids)
-    return SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(size, 2), config=config, generation_config=None)
+def test_spans_follow_each_other():
+    samples = write(random_table(), range(64), script=Dialogue(), max_length=30, rows=16)
+    finished = 0
+    for sample in samples.values():
+        tokens, roles = sample.tokens.tolist(), sample.roles.tolist()
+        assert tokens[:2] == [1, 2]
+        assert roles[:2] == [FORCED, FORCED]
+        if ASSISTANT not in roles:
+            continue
+        seam = roles.index(FORCED, 2)
+        assert roles == [FORCED] * 2 + [USER] * (seam - 2) + [FORCED] + [ASSISTANT] * (len(tokens) - seam - 1)
+        assert (tokens[seam - 1], tokens[seam]) == (4, 3)
+        assert tokens[seam + 1 :] == greedy_walk(random_table(), 3, len(tokens) - seam - 1)
+        assert sample.chosen == len(tokens) - 3
+        finished += tokens[-1] in (4, 6)
+    assert finished > 40 or {len(sample.tokens) for sample in samples.values()} == {30}
 
 
-def test_special_and_unused_ids_do_not_start_a_sample():
-    tokenizer = character_tokenizer()
-    assert start_tokens(teacher_with(97), tokenizer) == list(range(2, 97))
-    assert start_tokens(teacher_with(128), tokenizer) == list(range(2, 97))  # ids that only pad the matrix
-    assert start_tokens(teacher_with(50), tokenizer) == list(range(2, 50))
-    assert start_tokens(teacher_with(9, bos_token_id=1, eos_token_id=[2, 5], pad_token_id=0), None) == [3, 4, 6, 7, 8]
+def greedy_walk(table, token, length):
+    walk = []
+    for _ in range(length):
+        token = int(table[token].argmax())
+        walk.append(token)
+    return walk
 
 
-class HoleyTokenizer:
-    """Three tokens whose ids leave some out."""
-
-    all_special_ids = [0]
-
-    def get_vocab(self):
-        return {"a": 0, "b": 2, "c": 5}
-
-    def __len__(self):
-        return 3
+# ---------------------------------------------------------------- the teacher's distribution
 
 
-def test_ids_that_the_tokenizer_skips_do_not_start_a_sample():
-    assert start_tokens(teacher_with(8), HoleyTokenizer()) == [2, 5]
-    tokenizer = character_tokenizer()
-    tokenizer.add_tokens(["<new>"])
-    assert start_tokens(teacher_with(98), tokenizer)[-1] == 97
+def test_the_distribution_after_every_token_is_kept():
+    table = random_table(40, 3.0)
+    samples = write(table, range(20), [1, 2, 3], [5], logits=6, max_length=20)
+    for sample in samples.values():
+        probabilities = table[sample.tokens[:-1]].double().softmax(-1)
+        ids, kept = unpack_targets(sample.targets, sample.tails, 40)
+        assert ids.shape == (len(sample.tokens) - 1, 6)
+        assert torch.equal(ids[:, 0], probabilities.argmax(-1))
+        assert torch.allclose(probabilities.gather(-1, ids).float(), kept, rtol=2e-3, atol=1e-6)
+        assert torch.allclose(sample.tails.double(), probabilities.topk(34, largest=False).values.sum(-1), rtol=1e-5, atol=1e-7)
 
 
-def test_end_tokens_of_the_generation_config_do_not_start_a_sample():
-    model = llama()
-    model.generation_config.eos_token_id = [7, 8]  # where Llama 3 keeps its second end token
-    assert {7, 8}.isdisjoint(start_tokens(model, None))
+def test_the_distribution_is_the_teachers_own_whatever_is_drawn_from():
+    table = random_table(40)
+    plain, bent = (write(table, [0], [1], logits=4, **options)[0] for options in ({}, {"temperature": 3.0, "top_k": 2}))
+    for sample in (plain, bent):
+        _, kept = unpack_targets(sample.targets[:1], sample.tails[:1], 40)
+        assert torch.allclose(kept[0], table[1].softmax(-1).topk(4).values, rtol=2e-3)
 
 
-def test_an_empty_start_set_is_refused():
-    with pytest.raises(ValueError, match=r"none of the 2 token ids is neither special nor unused"):
-        start_tokens(teacher_with(2), character_tokenizer())
+def test_full_logits_are_kept():
+    table = random_table(40)
+    sample = write(table, [0], logits="full")[0]
+    assert torch.equal(sample.targets, table[sample.tokens[:-1]].half())
+    assert sample.tails is None
 
 
 # ---------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(("build", "positions"), [(llama, 64), (gpt2, 64), (opt, 32)])
-def test_a_sample_longer_than_the_teachers_positions_is_refused(build, positions):
-    model = build()
-    assert tile(model, max_length=positions, rows=2)[0].shape == (2, positions)
-    with pytest.raises(ValueError, match=rf"max_length: got {positions + 1}, the teacher has {positions} positions"):
-        tile(model, max_length=positions + 1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_refused(bad):
     table = random_table()
     table[3, 1] = bad
-    with pytest.raises(ValueError, match=r"logits are not finite at position 1 from sample 16 on"):
-        tile(Markov(table), first=16, allowed=[3])
+    with pytest.raises(ValueError, match=r"logits are not finite at position 1 of sample 16"):
+        write(table, [16, 17], [3])
+
+
+def test_a_teacher_that_only_ends_is_refused_before_anything_is_given_out():
+    table = functional.one_hot(torch.full((8,), 4), 8).float() * 60
+    given = []
+    settings = GenerationSettings(max_length=50, rows=4)
+    with pytest.raises(ValueError, match=r"the first 4 samples hold nothing but the end token"):
+        given.extend(generate(Markov(table, 4), StartTokens([1], [4], 0, (3, 5)), settings, 8, range(100)))
+    assert given == []
+    with pytest.raises(ValueError, match=r"the first 3 samples hold nothing"):
+        list(generate(Markov(table, 4), StartTokens([1], [4], 0, (3, 5)), settings, 8, range(3)))
 
 
 @pytest.mark.parametrize(
@@ -232,88 +298,17 @@ def test_logits_that_are_not_finite_are_refused(bad):
         ({"rows": 0}, "rows: got 0, expected at least 1"),
         ({"greedy_tokens": (5, 3)}, r"greedy_tokens: got \(5, 3\)"),
         ({"greedy_tokens": (-1, 3)}, r"greedy_tokens: got \(-1, 3\)"),
+        ({"mode": "hybird"}, r"mode: got 'hybird'.*hybrid"),
+        ({"temperature": 0.0}, r"temperature: got 0\.0.*mode='greedy'"),
+        ({"top_p": 0.0}, r"top_p: got 0\.0"),
+        ({"top_p": 1.1}, r"top_p: got 1\.1"),
+        ({"top_k": -1}, r"top_k: got -1"),
+        ({"turns": 0}, r"turns: got 0"),
+        ({"logits": 0}, r"logits: got 0"),
+        ({"logits": "all"}, r"logits: got 'all'.*'full'"),
     ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_settings_that_cannot_work_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         GenerationSettings(**{"max_length": 8} | changes)
-
-
-def test_teachers_that_are_none(tmp_path):
-    for path in (tmp_path / "nothing", "./nothing/here"):
-        with pytest.raises(ValueError, match=r"teacher: no folder at '.*nothing.*tiny-teacher"):
-            load_causal_lm(path)
-    with pytest.raises(ValueError, match=r"teacher: cannot read a model configuration from"):
-        load_causal_lm(tmp_path)
-    with pytest.raises(ValueError, match="tokenizer: none can be read from"):
-        load_tokenizer(tmp_path)
-    vit().save_pretrained(tmp_path / "vit")
-    with pytest.raises(ValueError, match=r"is a ViTConfig, which has no causal language model"):
-        load_causal_lm(tmp_path / "vit")
-
-
-@pytest.mark.parametrize("build", [llama, gpt2, qwen3])
-def test_a_folder_without_a_tokenizer_is_refused(build, tmp_path):
-    """transformers makes up an empty one for some model types."""
-    build().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="tokenizer: none can be read from"):
-        load_tokenizer(tmp_path)
-
-
-def test_a_teacher_without_weights_is_refused(tmp_path):
-    folder = save_causal_lm(llama(), tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="teacher: "):
-        load_causal_lm(folder)
-
-
-def test_a_saved_teacher_writes_the_same_samples(tmp_path):
-    model = load_causal_lm(save_causal_lm(llama(), tmp_path))
-    assert not model.training
-    assert torch.equal(tile(model)[0], tile(llama())[0])
-    assert fingerprint(model) == fingerprint(llama())
-
-
-def test_the_fingerprint_changes_with_any_weight():
-    def changed(edit):
-        model = llama()
-        with torch.no_grad():
-            edit(model.model.layers[1].mlp.up_proj.weight)
-        return fingerprint(model)
-
-    found = [
-        changed(lambda weight: None),
-        changed(lambda weight: weight[3, 4].mul_(1 + 1e-6)),
-        changed(lambda weight: weight.neg_()),
-        changed(lambda weight: weight[3].copy_(weight[3].flip(0))),  # the same numbers in another order
-    ]
-    assert len(set(found)) == 4
-
-
-# ---------------------------------------------------------------- randomness
-
-
-def test_uniform_numbers_have_the_moments_of_the_uniform_distribution():
-    numbers = torch.stack([uniform(seed, torch.arange(20_000), position) for seed in (0, 1, 2**62) for position in (0, 1, 2000)])
-    assert numbers.dtype == torch.float64
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
-    assert (numbers.mean(-1) - 1 / 2).abs().max() < 5 * math.sqrt(1 / 12 / 20_000)
-    assert (numbers.var(-1) - 1 / 12).abs().max() < 5 * math.sqrt(1 / 180 / 20_000)
-    assert numbers.unique().numel() == numbers.numel()
-
-
-NEIGHBOURS = {
-    "index": lambda i: (uniform(0, i, 5), uniform(0, i + 1, 5)),
-    "position": lambda i: (uniform(0, i, 5), uniform(0, i, 6)),
-    "seed": lambda i: (uniform(0, i, 5), uniform(1, i, 5)),
-    "far-index": lambda i: (uniform(0, i, 5), uniform(0, i + 2**40, 5)),
-}
-
-
-@pytest.mark.parametrize("pair", NEIGHBOURS.values(), ids=NEIGHBOURS)
-def test_neighbouring_draws_are_independent(pair):
-    first, second = pair(torch.arange(20_000))
-    assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 5 / math.sqrt(20_000)
-    cells = torch.bincount((first * 10).long() * 10 + (second * 10).long(), minlength=100).float()
-    assert chi_square(cells, torch.full((100,), 0.01)) < 99 + 5 * math.sqrt(2 * 99)
