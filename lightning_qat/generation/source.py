@@ -47,6 +47,8 @@ class TeacherSource:
         if isinstance(teacher, CallableTeacher):
             self.vocab_size, ends = teacher.vocab_size, list(teacher.end_tokens)
             allowed = sorted((known or set(range(self.vocab_size))) - {*ends, teacher.bos_token})
+            if not allowed:
+                raise ValueError(f"start tokens: none of the {self.vocab_size} ids of {teacher.name} is neither an end token nor its BOS")
             name, bos_token = teacher.name, teacher.bos_token if bos is not False else None
         else:
             limit = max_positions(teacher)
