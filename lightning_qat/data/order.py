@@ -5,8 +5,9 @@ The count is asked for when an epoch begins, after Lightning has restored or res
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 
@@ -19,14 +20,81 @@ class EpochOrder(DistributedSampler[int]):
         consumed: Called when an epoch begins; how many of this rank's samples were used up before.
         world: Number of ranks.
         rank: This rank.
+        options: Of the distributed sampler.
     """
 
-    def __init__(self, size: int, seed: int, consumed: Callable[[], int], world: int = 1, rank: int = 0) -> None:
-        super().__init__(range(size), num_replicas=world, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+    def __init__(self, size: int, seed: int, consumed: Callable[[], int], world: int = 1, rank: int = 0, **options: Any) -> None:
+        super().__init__(range(size), num_replicas=world, rank=rank, seed=seed, **options)  # type: ignore[arg-type]
         self.consumed = consumed
 
     def __iter__(self) -> Iterator[int]:
         return itertools.islice(super().__iter__(), self.consumed(), None)
+
+
+class MixedOrder(EpochOrder):
+    """In every epoch all of one kind and some of another that stands behind it, shuffled together.
+
+    Args:
+        size: How many there are of the first kind, all of which are shown.
+        others: How many there are of the other, all in one endless round.
+        shown: How many of these an epoch takes from the round.
+        seed: Seed of all epochs and of the round.
+        options: As in :class:`EpochOrder`.
+    """
+
+    def __init__(self, size: int, others: int, shown: int, seed: int, *options: Any) -> None:
+        super().__init__(size + shown, seed, *options)
+        self.size, self.shown = size, shown
+        self.round = torch.randperm(others, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * self.shown - self.size
+        for place in super().__iter__():
+            yield place if place < self.size else self.size + self.round[(first + place) % len(self.round)]
+
+
+class StreamPlan(NamedTuple):
+    """Which samples a rank trains on when no epoch repeats another: position p of epoch e is the (e * size + p)-th sample there is.
+
+    Attributes:
+        size: Training samples in an epoch.
+        held_back: Samples for validation, the numbers from `size` on, which are left out.
+        world: Number of ranks; what does not divide by it at the end of an epoch is left out.
+        rank: This rank.
+    """
+
+    size: int
+    held_back: int
+    world: int = 1
+    rank: int = 0
+
+    def number(self, epoch: int, position: int) -> int:
+        """The sample at a position of an epoch."""
+        count = epoch * self.size + position
+        return count if count < self.size else count + self.held_back
+
+    def onwards(self, number: int) -> Iterator[int]:
+        """The numbers of this rank from `number` on, without end."""
+        epoch, position = divmod(number if number < self.size else number - self.held_back, self.size)
+        while True:
+            yield from (self.number(epoch, place) for place in range(position, self.size - self.size % self.world, self.world))
+            epoch, position = epoch + 1, self.rank
+
+
+class StreamOrder(EpochOrder):
+    """The numbers of a stream, one epoch after the other.
+
+    Args:
+        plan: Which samples this rank trains on.
+        consumed: As in :class:`EpochOrder`.
+    """
+
+    def __init__(self, plan: StreamPlan, consumed: Callable[[], int]) -> None:
+        super().__init__(plan.size, 0, consumed, plan.world, plan.rank, shuffle=False, drop_last=True)
+        self.plan = plan
+
+    def __iter__(self) -> Iterator[int]:
+        return (self.plan.number(self.epoch, position) for position in super().__iter__())
 
 
 class ResumableLoader(DataLoader[dict[str, Any]]):

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from lightning_qat.distillation.batches import Batch, check_packing, read_batch
 from lightning_qat.evaluation import TokenPerplexity
 from lightning_qat.generation import cast_parameters, check_causal_lm, load_causal_lm
-from lightning_qat.losses import SoftCrossEntropy, kl_divergence
+from lightning_qat.losses import SoftCrossEntropy, TopK, divergence, most_probable
 from lightning_qat.modules import insert_quantizers, scheme_of
 from lightning_qat.scheme import QuantScheme
 
@@ -23,22 +24,27 @@ from lightning_qat.scheme import QuantScheme
 class DistillationModule(pl.LightningModule):
     """Trains a student to give the teacher's distribution over the next token.
 
-    Batches are dictionaries with ``input_ids`` and ``attention_mask`` (int64, [batch, tokens]), as
-    :class:`~lightning_qat.SyntheticDataModule` gives. The teacher is frozen, stays in eval mode and is never saved in checkpoints.
+    Batches are dictionaries, as :class:`~lightning_qat.SyntheticDataModule` gives, of int64 [batch, tokens]: ``input_ids``;
+    ``attention_mask``; optionally ``loss_mask``, 1 where the distribution over the next token is trained on (default: every real token);
+    optionally ``position_ids``, where several samples share a row and each begins at 0. Without a teacher they hold ``teacher`` too, its
+    distributions: :class:`~lightning_qat.losses.TopK` or logits [batch, tokens, vocabulary].
+
+    The teacher is frozen, stays in eval mode and is never saved in checkpoints.
     Training logs ``train/loss`` and, at the Trainer's logging interval, ``train/kl``.
-    Validation logs ``val/kl``, ``val/top1`` and ``val/ppl_generated`` on generated samples and ``val/ppl_text`` on real text.
+    Validation logs ``val/kl``, ``val/top1`` and ``val/ppl_generated`` on generated samples and ``val/ppl_text`` on real text. Where only
+    the most probable tokens are known, all others count as one, so both kinds of ``kl`` are lower bounds.
 
     Args:
-        teacher: Folder, hub id, ``tiny-teacher``, or a causal language model in memory.
+        teacher: Folder, hub id, ``tiny-teacher``, or a causal language model in memory; None trains from the distributions in the batches.
         student: The same, or None for a copy of the teacher.
-        loss: Called with (student logits, teacher logits, attention mask); default the paper's soft cross-entropy.
+        loss: Called with (student logits, teacher logits or ``TopK``, mask of what counts); default the paper's soft cross-entropy.
         optimizer: Called with the student's parameters.
         lr_scheduler: Called with the optimizer; stepped once per optimizer step.
         gradient_checkpointing: Recompute the student's blocks in the backward pass: less memory, about a third more time.
         teacher_dtype: Dtype of a teacher loaded by name; the student's weights are always fp32.
 
     Raises:
-        ValueError: Teacher or student cannot be loaded, or their vocabularies differ.
+        ValueError: Teacher or student cannot be loaded, both are None, or their vocabularies differ.
     """
 
     quantization_root = "student"
@@ -47,7 +53,7 @@ class DistillationModule(pl.LightningModule):
 
     def __init__(
         self,
-        teacher: str | nn.Module,
+        teacher: str | nn.Module | None = None,
         student: str | nn.Module | None = None,
         loss: nn.Module | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -59,8 +65,11 @@ class DistillationModule(pl.LightningModule):
         # Only plain values: torch refuses to load callables and modules from a checkpoint.
         plain = {"teacher": teacher, "student": student, "gradient_checkpointing": gradient_checkpointing, "teacher_dtype": teacher_dtype}
         self.save_hyperparameters({k: v for k, v in plain.items() if v is None or isinstance(v, str | bool)})
-        self.teacher = load_causal_lm(teacher, teacher_dtype) if isinstance(teacher, str) else check_causal_lm(teacher, "teacher")
-        self.teacher.requires_grad_(False).eval()
+        if teacher is None and student is None:
+            raise ValueError("student: needed when teacher is None; pass a folder, a hub id or a causal language model, or give a teacher")
+        self.teacher = load_causal_lm(teacher, teacher_dtype) if isinstance(teacher, str) else teacher
+        if self.teacher is not None:
+            check_causal_lm(self.teacher, "teacher").requires_grad_(False).eval()
         self.student = self._build_student(teacher, student)
         self._check_vocabularies()
         self.loss = SoftCrossEntropy() if loss is None else loss
@@ -71,8 +80,9 @@ class DistillationModule(pl.LightningModule):
             getattr(self.student, next(name for name in names if hasattr(self.student, name)))()
         self.ppl_text, self.ppl_generated = TokenPerplexity(), TokenPerplexity()
         self.kl, self.top1 = MeanMetric(), MeanMetric()
+        self._packing_checked = False
 
-    def _build_student(self, teacher: str | nn.Module, student: str | nn.Module | None) -> nn.Module:
+    def _build_student(self, teacher: str | nn.Module | None, student: str | nn.Module | None) -> nn.Module:
         if student is None:
             same = isinstance(teacher, nn.Module) or next(self.teacher.parameters()).dtype == torch.float32
             model = copy.deepcopy(self.teacher) if same else load_causal_lm(str(teacher), "float32")
@@ -83,15 +93,20 @@ class DistillationModule(pl.LightningModule):
         return cast_parameters(model, torch.float32).train()
 
     def _check_vocabularies(self) -> None:
-        sizes = [model.get_input_embeddings().weight.shape[0] for model in (self.teacher, self.student)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"student: its vocabulary has {sizes[1]} tokens, the teacher's {sizes[0]}; logits cannot be compared")
+        own = self._vocab_size(self.student)
+        if self.teacher is not None and (size := self._vocab_size(self.teacher)) != own:
+            raise ValueError(f"student: its vocabulary has {own} tokens, the teacher's {size}; logits cannot be compared")
+
+    @staticmethod
+    def _vocab_size(model: Any) -> int:
+        return model.get_input_embeddings().weight.shape[0]
 
     @override
     def train(self, mode: bool = True) -> "DistillationModule":
         """The teacher stays in eval mode whatever happens to the rest."""
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
         return self
 
     @override
@@ -102,31 +117,52 @@ class DistillationModule(pl.LightningModule):
                 "DistillationModule: the student holds no quantizers; add QuantizationCallback(scheme) to the Trainer's callbacks"
             )
         size = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None)
-        own = self.teacher.get_input_embeddings().weight.shape[0]
+        own, who = self._vocab_size(self.student), "student" if self.teacher is None else "teacher"
         if size is not None and size != own:
-            raise MisconfigurationException(f"data: tokens come from a vocabulary of {size}, the teacher has {own}; use the same teacher")
-        warnings.filterwarnings("ignore", message=f"Found {sum(1 for _ in self.teacher.modules())} module.s. in eval mode")
+            raise MisconfigurationException(f"data: tokens come from a vocabulary of {size}, the {who} has {own}; use the same teacher")
+        if self.teacher is not None:
+            warnings.filterwarnings("ignore", message=f"Found {sum(1 for _ in self.teacher.modules())} module.s. in eval mode")
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         """The student's logits, [batch, tokens, vocabulary]."""
-        return self.student(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return _logits(self.student, input_ids, attention_mask, position_ids)
 
     @torch.no_grad()
-    def teacher_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def teacher_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         """The teacher's logits, [batch, tokens, vocabulary]."""
-        return self.teacher(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return _logits(self.teacher, input_ids, attention_mask, position_ids)
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """One batch of generated samples."""
-        ids, mask = _read_batch(batch)
-        logits, teacher = self(ids, mask), self.teacher_logits(ids, mask)
-        loss = self.loss(logits, teacher, mask)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(ids))
+        read = self._read(batch)
+        logits, teacher = self(**read.inputs), self._teacher_of(read)
+        loss = self.loss(logits, teacher, read.counts)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(read.ids))
         if self._logs_now():
             # The loss moves with the entropy of each batch; what training can change is the KL divergence.
-            self.log("train/kl", kl_divergence(logits.detach(), teacher, mask), batch_size=len(ids))
+            self.log("train/kl", divergence(logits.detach(), teacher, read.counts), batch_size=len(read.ids))
         return loss
+
+    def _read(self, batch: Any) -> Batch:
+        read = read_batch(batch)
+        if read.positions is not None and not self._packing_checked:
+            for model in (self.student, self.teacher):
+                if model is not None:
+                    check_packing(model)
+            self._packing_checked = True
+        return read
+
+    def _teacher_of(self, batch: Batch) -> Tensor | TopK:
+        """The teacher's own logits where there is a teacher, for they are exact; else what the batch holds."""
+        if self.teacher is not None:
+            return self.teacher_logits(**batch.inputs)
+        if batch.teacher is None:
+            raise MisconfigurationException(
+                "data: the batch holds no distributions of a teacher, and DistillationModule has no teacher; "
+                "set teacher_logits=32 in SyntheticDataModule, or pass teacher= to DistillationModule"
+            )
+        return batch.teacher
 
     def _logs_now(self) -> bool:
         trainer = getattr(self, "_trainer", None)
@@ -135,17 +171,17 @@ class DistillationModule(pl.LightningModule):
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Generated samples against the teacher; real text on its own."""
-        ids, mask = _read_batch(batch)
-        logits = self(ids, mask)
-        options: dict[str, Any] = {"batch_size": len(ids), "add_dataloader_idx": False}
-        if batch.get("source") == "text":
-            self.ppl_text.update(logits, ids, mask)
+        read = self._read(batch)
+        logits = self(**read.inputs)
+        options: dict[str, Any] = {"batch_size": len(read.ids), "add_dataloader_idx": False}
+        if read.is_text:
+            self.ppl_text.update(logits, read.ids, read.scored)
             self.log("val/ppl_text", self.ppl_text, prog_bar=True, **options)
             return
-        teacher, tokens = self.teacher_logits(ids, mask), mask.sum()
-        self.ppl_generated.update(logits, ids, mask)
-        self.kl.update(kl_divergence(logits, teacher, mask), tokens)
-        self.top1.update((logits.argmax(-1) == teacher.argmax(-1))[mask.bool()].float().mean(), tokens)
+        teacher, tokens = self._teacher_of(read), read.counts.sum()
+        self.ppl_generated.update(logits, read.ids, read.scored)
+        self.kl.update(divergence(logits, teacher, read.counts), tokens)
+        self.top1.update((logits.argmax(-1) == most_probable(teacher))[read.counts.bool()].float().mean(), tokens)
         self.log("val/ppl_generated", self.ppl_generated, **options)
         self.log("val/kl", self.kl, prog_bar=True, **options)
         self.log("val/top1", self.top1, **options)
@@ -189,11 +225,6 @@ class DistillationModule(pl.LightningModule):
             insert_quantizers(self.student, QuantScheme.parse(checkpoint["quantization_scheme"]), allow_partial=True)
 
 
-def _read_batch(batch: Any) -> tuple[Tensor, Tensor]:
-    """(ids, mask), [batch, tokens]; without a mask every token counts."""
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise MisconfigurationException(
-            f"data: got a batch of type {type(batch).__name__}, expected a dictionary with 'input_ids' and 'attention_mask'"
-        )
-    mask = batch.get("attention_mask")
-    return batch["input_ids"], torch.ones_like(batch["input_ids"]) if mask is None else mask
+def _logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    positions = {} if position_ids is None else {"position_ids": position_ids}  # not every model takes them
+    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).logits

@@ -7,14 +7,25 @@ Everything runs in fp32 (or better) on chunks of tokens.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 CHUNK = 2048  # tokens
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What a loss of `x` is computed in: fp32 or better."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def refuse_no_tokens(tokens: int) -> None:
+    """A mean over no tokens is no loss."""
+    if tokens == 0:
+        raise ValueError("loss: no token counts; the attention mask is 0 everywhere")
+
+
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_dtype(x))
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -32,7 +43,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None = N
         ValueError: Shapes differ, or no token counts.
     """
     student, teacher = _pair(student, teacher, mask)
-    total = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
+    total = student.new_zeros((), dtype=wide_dtype(student))
     for s, t in zip(student.split(CHUNK), teacher.split(CHUNK), strict=True):
         total = total - (functional.softmax(_wide(t), -1) * functional.log_softmax(_wide(s), -1)).sum()
     return total / student.shape[0]
@@ -41,9 +52,10 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None = N
 def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean KL(teacher || student) in nats per token (arguments as in :func:`soft_cross_entropy`)."""
     student, teacher = _pair(student, teacher, mask)
-    total = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
+    total = student.new_zeros((), dtype=wide_dtype(student))
     for s, t in zip(student.split(CHUNK), teacher.split(CHUNK), strict=True):
         log_s, log_t = functional.log_softmax(_wide(s), -1), functional.log_softmax(_wide(t), -1)
+        log_t = log_t.clamp(min=torch.finfo(log_t.dtype).min)  # a token that the teacher never writes adds 0, not 0 * inf
         total = total + (log_t.exp() * (log_t - log_s)).sum()
     return total / student.shape[0]
 
@@ -54,12 +66,15 @@ def next_token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None
     Args:
         logits: [batch, tokens, vocabulary].
         input_ids: [batch, tokens]; position i is scored by the logits at i - 1.
-        mask: 1 where a token is real, [batch, tokens].
+        mask: 1 where a token is real, [batch, tokens]: a token counts when it and its predecessor are real. Or one column less, where
+            neighbours may be strangers: 1 where position i is scored at i - 1, [batch, tokens - 1], from position 1 on.
 
     Returns:
-        (sum in nats, number of tokens scored); a token counts when it and its predecessor are real.
+        (sum in nats, number of tokens scored).
     """
-    keep = torch.ones_like(input_ids[:, 1:], dtype=torch.bool) if mask is None else (mask[:, 1:] * mask[:, :-1]).bool()
+    if mask is None:
+        mask = torch.ones_like(input_ids[:, 1:])
+    keep = (mask if mask.shape[1] < input_ids.shape[1] else mask[:, 1:] * mask[:, :-1]).bool()
     predictions, targets = logits[:, :-1][keep], input_ids[:, 1:][keep]
     total = logits.new_zeros((), dtype=torch.float64)
     for part, target in zip(predictions.split(CHUNK), targets.split(CHUNK), strict=True):
@@ -72,14 +87,5 @@ def _pair(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor
     if student.shape != teacher.shape:
         raise ValueError(f"loss: student logits {tuple(student.shape)}, teacher logits {tuple(teacher.shape)}; they must have one shape")
     student, teacher = (x.flatten(0, -2) if mask is None else x[mask.bool()] for x in (student, teacher))
-    if student.shape[0] == 0:
-        raise ValueError("loss: no token counts; the attention mask is 0 everywhere")
+    refuse_no_tokens(student.shape[0])
     return student, teacher
-
-
-class SoftCrossEntropy(nn.Module):
-    """:func:`soft_cross_entropy` as a module, the default of ``DistillationModule(loss=...)``."""
-
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mean over the tokens that count."""
-        return soft_cross_entropy(student, teacher, mask)

@@ -108,6 +108,15 @@ def test_logits_far_apart_stay_finite():
         assert loss(student, teacher).item() == pytest.approx(200.0)
 
 
+def test_tokens_that_the_teacher_never_writes_add_nothing():
+    student, teacher = logits(2, 5, 11), logits(2, 5, 11, seed=1)
+    teacher[..., [0, 7]] = -torch.inf
+    rest = [i for i in range(11) if i not in (0, 7)]
+    p, log_q = teacher[..., rest].softmax(-1), student.log_softmax(-1)[..., rest]
+    assert soft_cross_entropy(student, teacher).item() == pytest.approx(-(p * log_q).sum(-1).mean().item(), rel=1e-6)
+    assert kl_divergence(student, teacher).item() == pytest.approx((p * (p.log() - log_q)).sum(-1).mean().item(), rel=1e-6)
+
+
 @both
 def test_shapes_that_differ_are_refused(loss):
     with pytest.raises(ValueError, match=r"student logits \(1, 2, 3\), teacher logits \(1, 2, 4\)"):
@@ -150,6 +159,16 @@ def test_padding_is_not_scored(side):
     nats, tokens = next_token_nll(scores, ids, mask)
     assert tokens == 5 + 2
     assert nats.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_pairs_of_strangers_are_not_scored():
+    """Two samples in a row, of 2 and 4 tokens: the third token is not scored by the logits at the second."""
+    scores, ids = logits(1, 6, 11), torch.randint(0, 11, (1, 6))
+    pairs = torch.tensor([[1, 0, 1, 1, 1]])
+    expected = sum(functional.cross_entropy(scores[0, a:b][:-1], ids[0, a:b][1:], reduction="sum") for a, b in ((0, 2), (2, 6)))
+    nats, tokens = next_token_nll(scores, ids, pairs)
+    assert tokens == 1 + 3
+    assert nats.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_nats_of_a_uniform_model_by_hand(monkeypatch):

@@ -18,7 +18,7 @@ from lightning_qat import (
     named_quantizers,
     remove_quantizers,
 )
-from lightning_qat.generation import GenerationSettings, generate_rows, start_tokens
+from lightning_qat.generation import GenerationSettings, TeacherSource
 from lightning_qat.modules import QuantLayer
 from lightning_qat.modules.weights import layer_weights
 
@@ -95,10 +95,9 @@ def check_generate(architecture):
 
 def check_synthesize(architecture):
     """The teacher writes samples: what they are is tested with the engine."""
-    model = BUILDERS[architecture]()
-    tokens, lengths = generate_rows(model, GenerationSettings(max_length=8, rows=3), 0, start_tokens(model, None))
-    assert tokens.shape == (3, 8)
-    assert int(lengths.min()) >= 2
+    samples = list(TeacherSource(BUILDERS[architecture](), GenerationSettings(max_length=8, rows=3)).samples(range(4)))
+    assert sorted(sample.index for sample in samples) == [0, 1, 2, 3]
+    assert all(2 <= len(sample.tokens) <= 8 for sample in samples)
 
 
 def check_distil(architecture):
