@@ -1,66 +1,98 @@
 """The teacher's generations as training data: LLM-QAT (arXiv 2305.17888), section 3.1."""
 
 import contextlib
-import copy
-import hashlib
-import math
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
-from torch.utils.data import DataLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_qat.data.datasets import GeneratedSamples, TextWindows, collate
-from lightning_qat.data.order import EpochOrder, ResumableLoader
-from lightning_qat.data.store import GenerationStore
+from lightning_qat.data.arguments import check_agreement, check_arguments, check_split
+from lightning_qat.data.collate import Collate
+from lightning_qat.data.datasets import HeldSamples, LossOn, StoredSamples, TextWindows
+from lightning_qat.data.filling import Filling
+from lightning_qat.data.order import EpochOrder, MixedOrder, ResumableLoader, StreamOrder, StreamPlan
+from lightning_qat.data.packing import in_rows
+from lightning_qat.data.predict import Chunks
+from lightning_qat.data.ranks import Ranks
+from lightning_qat.data.selection import select, token_counts
+from lightning_qat.data.stream import GenerationHere, SampleStream, StreamedSamples
+from lightning_qat.data.teachers import Recipe, free_memory, is_source, own_names
+from lightning_qat.data.text import FOLDER, TextTargets, read_windows, shown_per_epoch, text_identity
+from lightning_qat.data.worker import GenerationInProcess
 from lightning_qat.evaluation import read_documents, text_windows
-from lightning_qat.generation import (
-    GenerationSettings,
-    cast_parameters,
-    check_causal_lm,
-    end_tokens,
-    fingerprint,
-    generate_rows,
-    load_causal_lm,
-    load_tokenizer,
-    start_tokens,
-)
+from lightning_qat.generation import CallableTeacher, GenerationSettings, GenerationStore, SampleFilters, load_tokenizer
+from lightning_qat.generation.filters import FilterReport
+from lightning_qat.generation.sample import SampleSource
+from lightning_qat.generation.teacher import tokenizer_fingerprint
 
 
 class SyntheticDataModule(pl.LightningDataModule):
-    """Streams samples that the teacher wrote; no training data is needed.
+    """Samples that the teacher wrote; no training data is needed.
 
-    Samples are generated in ``setup`` if the store does not hold them yet (every rank writes its own share of the tiles), and the teacher
-    is freed before training. Sample i depends on the teacher, these settings and i, on nothing else.
+    In ``setup`` the store is filled with what it does not hold yet (every rank writes its own share), and the teacher is freed before
+    training. Sample i depends on the teacher, the settings of its generation and i, on nothing else.
 
     Args:
-        teacher: Folder, hub id, ``tiny-teacher``, or a causal language model in memory.
-        num_samples: Samples for training and validation together.
+        teacher: Folder, hub id, ``tiny-teacher``, a causal language model in memory, a
+            :class:`~lightning_qat.generation.CallableTeacher`, or anything that writes samples itself
+            (:class:`~lightning_qat.generation.sample.SampleSource`). None only reads a store that is complete.
+        num_samples: Samples for training and validation together; with ``mode="stream"``, per epoch.
         max_length: Tokens per sample.
         batch_size: Samples per batch and process.
         seed: Seed of the whole set and of the order of training batches.
         store: Folder of the generated tokens; reused when it holds the same samples.
         val_samples: The last samples, kept for validation; default one in twenty, at most 64.
         validation: Real text beside them: a .txt or .jsonl file, ``held-out`` for the bundled text, or None.
-        tokenizer: Folder or hub id, or a tokenizer; default the teacher's own. A teacher in memory without one is fine unless
-            `validation` is given.
-        greedy_tokens: Smallest and largest number of most-probable tokens after the random start token.
-        rows: Samples computed together; part of what a sample depends on.
-        dtype: Dtype the teacher runs in while generating.
+        tokenizer: Folder or hub id, or a tokenizer; default the teacher's own. A teacher in memory, or none, does without one unless
+            `validation` or `text` is given.
+        greedy_tokens: Smallest and largest number of most probable tokens after the random start token.
+        rows: Samples computed together; part of what a sample depends on. Default: those of the store, or what fits into 4 GiB.
+        dtype: Dtype the teacher runs in while generating; ``auto`` for the one it was saved in or has.
         num_workers: Worker processes of the loaders.
+        mode: ``store``: generate, then train; ``stream``: generate while training, store nothing, and never repeat a sample in any
+            epoch; ``mix``: like ``store``, with windows of real text in between.
+        generation: How samples are written (:class:`~lightning_qat.generation.GenerationSettings`): ``hybrid`` (the paper's rule),
+            ``greedy``, ``sample``, ``prefix`` or ``chat``.
+        temperature: Divides the logits before a token is drawn.
+        top_k: Draw from so many most probable tokens; 0 for all.
+        top_p: Draw from the most probable tokens that together hold this probability.
+        turns: ``chat``: pairs of a user's message and an answer.
+        prompts: ``prefix``: a .txt or .jsonl file of prompts.
+        bos: Whether samples start with the BOS token; None does as the tokenizer does.
+        system: ``chat``: a system message.
+        teacher_logits: Keep the teacher's distribution after each token, for training without the teacher: so many most probable
+            tokens, ``full``, or None.
+        filters: Which samples are left out of training and validation.
+        text: ``mix``: a .txt or .jsonl file, or ``held-out``.
+        text_ratio: ``mix``: share of the training tokens that is real text.
+        packing: Put several samples into a row, as many as `max_length` holds.
+        loss_on: ``all`` tokens, or what the ``assistant`` wrote (``chat``, and what follows the prompts of ``prefix``).
+        engine: What runs the teacher: ``transformers`` in this process, ``vllm`` in this process, or the address of a server.
+        stream_worker: ``stream``: generate ``inline``, when a sample is wanted, or ahead of training in another ``process``.
+        stream_device: ``stream``: where the teacher computes; default where the student does.
+        buffer: ``stream``: most samples kept ready, at least `rows`.
+        compile: Run the teacher under ``torch.compile``; for GPUs.
+
+    Attributes:
+        vocab_size: Number of the teacher's token ids, known after ``setup``.
+        filter_report: What was left out, known after ``setup``; None if nothing could be.
 
     Raises:
         ValueError: At construction, for a setting that cannot work; in ``setup``, for a teacher, text or store that cannot.
     """
 
+    allow_zero_length_dataloader_with_multiple_devices = True  # of little that is missing, some ranks may have nothing to generate
+
     def __init__(
         self,
-        teacher: str | nn.Module,
-        num_samples: int,
-        max_length: int,
+        teacher: str | nn.Module | CallableTeacher | SampleSource | None = None,
+        num_samples: int | None = None,
+        max_length: int | None = None,
         batch_size: int = 8,
         seed: int = 0,
         store: str | Path = "generations",
@@ -68,109 +100,267 @@ class SyntheticDataModule(pl.LightningDataModule):
         validation: str | None = None,
         tokenizer: Any = None,
         greedy_tokens: tuple[int, int] = (3, 5),
-        rows: int = 64,
-        dtype: str = "float32",
+        rows: int | None = None,
+        dtype: str = "auto",
         num_workers: int = 0,
+        mode: Literal["store", "stream", "mix"] = "store",
+        generation: Literal["hybrid", "greedy", "sample", "prefix", "chat"] = "hybrid",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        turns: int = 1,
+        prompts: str | None = None,
+        bos: bool | None = None,
+        system: str | None = None,
+        teacher_logits: int | Literal["full"] | None = None,
+        filters: SampleFilters | None = None,
+        text: str | None = None,
+        text_ratio: float = 0.5,
+        packing: bool = False,
+        loss_on: LossOn = "all",
+        engine: str = "transformers",
+        stream_worker: Literal["inline", "process"] = "inline",
+        stream_device: str | None = None,
+        buffer: int = 1024,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        self.settings = GenerationSettings(max_length=max_length, seed=seed, greedy_tokens=greedy_tokens, rows=rows)
-        self.val_samples = min(64, num_samples // 20) if val_samples is None else val_samples
-        if num_samples < 1 or not 0 <= self.val_samples < num_samples:
-            raise ValueError(f"num_samples: got {num_samples} with val_samples={self.val_samples}; at least one must be left for training")
-        if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype: got {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
-        self.teacher, self.num_samples, self.batch_size, self.dtype = teacher, num_samples, batch_size, dtype
+        self.teacher, self.num_samples, self.max_length, self.batch_size, self.seed = teacher, num_samples, max_length, batch_size, seed
         self.folder, self.validation, self.tokenizer, self.num_workers = Path(store), validation, tokenizer, num_workers
+        self.rows, self.dtype, self.mode, self.filters, self.text, self.text_ratio = rows, dtype, mode, filters, text, text_ratio
+        self.packing, self.loss_on, self.engine, self.compile = packing, loss_on, engine, compile
+        self.prompts, self.bos, self.system = prompts, bos, system
+        self.stream_worker, self.stream_device, self.buffer = stream_worker, stream_device, buffer
+        with own_names():
+            self.settings = GenerationSettings(
+                max_length=2 if max_length is None else max_length,
+                mode=generation,
+                seed=seed,
+                greedy_tokens=greedy_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                turns=turns,
+                logits=teacher_logits,
+                **({} if rows is None else {"rows": rows}),
+            )
+        self.val_samples = val_samples if val_samples is not None or num_samples is None else _one_in_twenty(num_samples)
+        check_arguments(self)
         self.vocab_size: int | None = None
-        self.train_dataset: GeneratedSamples | None = None
-        self.val_dataset: GeneratedSamples | None = None
+        self.filter_report: FilterReport | None = None
+        self.train_dataset: Any = None
+        self.val_dataset: Any = None
         self.text_dataset: TextWindows | None = None
+        self.chunks: Chunks | None = None
+        self._mix: tuple[int, int, int] | None = None
+        self._stream: SampleStream | None = None
 
-    @property
-    def tiles(self) -> int:
-        """Tiles that hold `num_samples` samples."""
-        return math.ceil(self.num_samples / self.settings.rows)
+    # ------------------------------------------------------------ setup
 
     def setup(self, stage: str | None = None) -> None:
-        """Generate what is missing, then read from the store."""
-        if self.train_dataset is not None:
+        """Generate what is missing, then read from the store; for ``predict`` only find out what is missing."""
+        done = self.val_dataset if self.mode == "stream" and stage == "validate" else self.train_dataset
+        if stage == "test" or (stage != "predict" and done is not None):
             return
-        tokenizer = self._tokenizer()
-        if self.validation is not None:
-            self.text_dataset = TextWindows(text_windows(tokenizer, read_documents(self.validation), self.settings.max_length))
-        model = self._teacher()
-        self.vocab_size = model.get_input_embeddings().weight.shape[0]
-        allowed = start_tokens(model, tokenizer)
-        store = GenerationStore(
-            self.folder,
-            {
-                "teacher": fingerprint(model),
-                "dtype": self.dtype,
-                "start_tokens": hashlib.sha256(repr(allowed).encode()).hexdigest()[:16],
-                "end_tokens": end_tokens(model),
-                **self.settings.to_dict(),
-            },
-        )
-        store.open()
-        self._generate(model, store, allowed)
-        first_val = self.num_samples - self.val_samples
-        self.train_dataset = GeneratedSamples(store, range(first_val), self.settings.rows)
-        self.val_dataset = GeneratedSamples(store, range(first_val, self.num_samples), self.settings.rows)
+        ranks = Ranks(self.trainer)
+        store = self._existing(stage) if self.teacher is None else None
+        self._check_counts(ranks)
+        windows = self._read_texts(store)
+        if self.mode == "stream":
+            return self._set_up_stream(ranks, stage)
+        if store is None:
+            fillings = self._fillings(ranks, windows)
+            if stage == "predict":
+                self.chunks = Chunks(fillings, ranks)
+                return None
+            for filling in fillings:
+                filling.run(ranks)
+            stores = [filling.store for filling in fillings]
+            del fillings, filling
+            free_memory()
+        else:
+            stores = [store, *self._existing_targets(store, windows)]
+        return self._read(stores, windows)
 
-    def _tokenizer(self) -> Any:
-        if self.tokenizer is not None and not isinstance(self.tokenizer, str | Path):
-            return self.tokenizer
+    def prepare_store(self) -> None:
+        """Called on rank 0 when the store is open and before anything is written to it, for whoever keeps something beside it."""
+
+    def _existing(self, stage: str | None) -> GenerationStore:
+        """The store whose samples nobody has to write."""
+        if stage == "predict":
+            raise ValueError("teacher: got None in Trainer.predict, which generates; name the teacher")
+        store = GenerationStore.existing(self.folder)
+        _refuse_damage(store)
+        self._adopt(store.identity, f"the samples in {str(self.folder)!r} have")
+        self.num_samples = store.requested if self.num_samples is None else self.num_samples
+        if missing := store.missing(self.num_samples):
+            raise ValueError(
+                f"num_samples: got {self.num_samples}, {str(self.folder)!r} holds {len(store.records)} and lacks sample {missing[0]}; ask for "
+                "fewer, or name the teacher, so that it writes the rest"
+            )
+        return store
+
+    def _adopt(self, identity: dict[str, Any], where: str) -> None:
+        """Take from samples that are there, or from whoever writes them, what they are like."""
+        check_agreement(self.settings, identity, where)
+        for field, given in (("max_length", self.max_length), ("rows", self.rows)):
+            if given is not None and given != identity.get(field, given):
+                raise ValueError(f"{field}: got {given}, {where} {identity[field]}; leave it out")
+        self.max_length = identity.get("max_length", self.max_length)
+        if self.max_length is None:
+            raise ValueError("max_length: got None, and the teacher's identity does not say; pass it")
+        if self.loss_on == "assistant" and identity.get("mode") not in ("chat", "prefix"):
+            raise ValueError(f"loss_on: got 'assistant', {where} generation={identity.get('mode')!r}, which has none; use loss_on='all'")
+
+    def _check_counts(self, ranks: Ranks) -> None:
+        assert self.num_samples is not None
+        self.val_samples = _one_in_twenty(self.num_samples) if self.val_samples is None else self.val_samples
+        check_split(self.num_samples, self.val_samples)
+        least, what = (self.num_samples - self.val_samples, "training samples") if self.mode == "stream" else (self.num_samples, "samples")
+        if least < ranks.world:
+            raise ValueError(f"num_samples: got {least} {what} for {ranks.world} processes, expected at least one each")
+
+    def _read_texts(self, store: GenerationStore | None) -> list[Tensor]:
+        """Windows of real text to train on; those to validate on are kept."""
         source = self.tokenizer if self.tokenizer is not None else self.teacher
         if isinstance(source, str | Path):
-            return load_tokenizer(source)
+            self.tokenizer = load_tokenizer(source)
+        if self.tokenizer is None and (needing := [name for name in ("validation", "text") if getattr(self, name) is not None]):
+            raise ValueError(f"tokenizer: needed with `{needing[0]}` when the teacher is not named; pass the teacher's tokenizer too")
+        if store is not None and self.tokenizer is not None:
+            if store.identity.get("tokenizer") not in (None, tokenizer_fingerprint(self.tokenizer)):
+                raise ValueError(f"tokenizer: is not the one of the samples in {str(self.folder)!r}; pass the teacher's own")
+        if is_source(self.teacher):
+            self._adopt(self.teacher.identity, "the teacher writes with")  # type: ignore[union-attr]
+        assert self.max_length is not None
         if self.validation is not None:
-            raise ValueError("tokenizer: needed with `validation` when the teacher is a model in memory; pass the tokenizer too")
-        return None
+            self.text_dataset = TextWindows(text_windows(self.tokenizer, read_documents(self.validation), self.max_length))
+        return [] if self.text is None else read_windows(self.tokenizer, self.text, self.max_length, self.validation)
 
-    def _teacher(self) -> Any:
-        if isinstance(self.teacher, str):
-            model = load_causal_lm(self.teacher, self.dtype)
+    def _recipe(self, rows: int | None) -> Recipe:
+        return Recipe(
+            teacher=self.teacher,
+            settings=self.settings,
+            num_samples=self.num_samples or 1,
+            rows=rows,
+            tokenizer=self.tokenizer,
+            dtype=self.dtype,
+            engine=self.engine,
+            prompts=self.prompts,
+            bos=self.bos,
+            system=self.system,
+            compiled=self.compile,
+        )
+
+    def _fillings(self, ranks: Ranks, windows: list[Tensor]) -> list[Filling]:
+        """The stores to be filled, and who fills them."""
+        assert self.num_samples is not None
+        assert self.max_length is not None
+        source = self._recipe(self.rows or _stored_rows(self.folder)).build(ranks.device)
+        work: list[tuple[SampleSource, Path, int, str]] = [(source, self.folder, self.num_samples, "Generating")]
+        if windows and source.identity.get("logits") is not None:
+            work.append((TextTargets(source, windows), self.folder / FOLDER, len(windows), "Scoring text"))
+        fillings = []
+        for writer, folder, count, title in work:
+            with own_names():
+                store = GenerationStore(folder).open(writer.identity, count)
+            _refuse_damage(store)
+            fillings.append(Filling(writer, store, count, self.max_length, title))
+        if ranks.rank == 0:
+            self.prepare_store()
+        return fillings
+
+    def _existing_targets(self, store: GenerationStore, windows: list[Tensor]) -> list[GenerationStore]:
+        if not windows or store.identity.get("logits") is None:
+            return []
+        assert self.max_length is not None
+        wanted = text_identity(store.identity, windows, self.max_length)
+        targets = GenerationStore.existing(self.folder / FOLDER)
+        _refuse_damage(targets)
+        if targets.identity != wanted or targets.missing(len(windows)):
+            raise ValueError(f"text: {str(targets.folder)!r} holds no targets for all of {self.text!r}; name the teacher, so that it writes them")
+        return [targets]
+
+    def _read(self, stores: list[GenerationStore], windows: list[Tensor]) -> None:
+        """Make datasets of stores that are complete."""
+        assert self.num_samples is not None
+        assert self.val_samples is not None
+        assert self.max_length is not None
+        store = stores[0]
+        report = select(store, self.num_samples, self.filters, self.loss_on)
+        if self.filters is not None or self.loss_on != "all":
+            self.filter_report = report
+            rank_zero_info(f"filters: {report}")
+        first_val = len(report.kept) - self.val_samples
+        if first_val < 1:
+            raise ValueError(f"filters: {report}, none of which is left for training with val_samples={self.val_samples}; loosen them")
+        numbers = report.kept[:first_val]
+        lengths = token_counts(store, numbers)
+        capacity = self.max_length if self.packing else None
+        train = in_rows(StoredSamples(store, numbers, self.loss_on), lengths, capacity, "samples")
+        if windows:
+            sizes = [len(window) for window in windows]
+            text = in_rows(TextWindows(windows, *stores[1:]), sizes, capacity, "windows of text")
+            shown = shown_per_epoch(self.text_ratio, int(lengths.sum()), sum(sizes), len(text))
+            self._mix, train = (len(train), len(text), shown), ConcatDataset([train, text])
+        self.vocab_size = int(store.identity["vocab_size"])
+        self.val_dataset = StoredSamples(store, report.kept[first_val:], self.loss_on)
+        self.train_dataset = train
+
+    def _set_up_stream(self, ranks: Ranks, stage: str | None) -> None:
+        assert self.num_samples is not None
+        assert self.val_samples is not None
+        if stage == "predict":
+            raise ValueError("mode: got 'stream' in Trainer.predict, which fills a store; use mode='store'")
+        plan = StreamPlan(self.num_samples - self.val_samples, self.val_samples, ranks.world, ranks.rank)
+        device, recipe = torch.device(self.stream_device or ranks.device), self._recipe(self.rows)
+        if self.stream_worker == "inline":
+            generation: Any = GenerationHere(recipe.build(device, private=self._is_trained_with()), plan, self.buffer)
         else:
-            check_causal_lm(self.teacher, "teacher")
-            model = cast_parameters(copy.deepcopy(self.teacher), getattr(torch, self.dtype)).eval()
-        device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
-        return model.to(device)
+            generation = GenerationInProcess(recipe, device, plan, self.buffer)
+        self.vocab_size, self._stream = generation.vocab_size, SampleStream(plan, generation)
+        if self.val_dataset is None:
+            held_back = range(plan.size, self.num_samples)
+            self.val_dataset = HeldSamples(list(itertools.islice(generation.samples(held_back), len(held_back))), self.loss_on)
+        if stage == "validate":
+            self._close()
+        else:
+            self.train_dataset = StreamedSamples(self._stream, plan.size, self.loss_on)
 
-    def _generate(self, model: Any, store: GenerationStore, allowed: list[int]) -> None:
-        """Write this rank's share of the missing tiles; rank 0 holds the store, and all ranks come and leave together."""
-        rank, world = self._place()
-        with store.writing() if rank == 0 else contextlib.nullcontext():
-            missing = store.missing(self.tiles) if self.trainer is None else self.trainer.strategy.broadcast(store.missing(self.tiles))
-            self._write_tiles(model, store, allowed, missing[rank::world], visible=rank == 0)
-            if self.trainer is not None:
-                self.trainer.strategy.barrier("lightning_qat.generation")
-        if (left := store.missing(self.tiles)) != []:
-            raise ValueError(f"store: tiles {left[:5]} are missing from {str(store.folder)!r} after generation; is it a shared folder?")
+    def _is_trained_with(self) -> bool:
+        """Whether the teacher is part of the module in the Trainer, which may move, cast or shard it."""
+        trained = getattr(self.trainer, "lightning_module", None)
+        return trained is not None and any(module is self.teacher for module in trained.modules())
 
-    def _write_tiles(self, model: Any, store: GenerationStore, allowed: list[int], tiles: list[int], visible: bool) -> None:
-        columns = (TextColumn("Generating"), BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"), TimeRemainingColumn())
-        rows = self.settings.rows
-        with Progress(*columns, disable=not (visible and tiles), transient=True) as bar:
-            task = bar.add_task("generate", total=len(tiles) * (self.settings.max_length - 1), tokens=0)
-            for done, tile in enumerate(tiles):
-                tokens, lengths = generate_rows(model, self.settings, tile * rows, allowed, lambda: bar.advance(task))
-                if int(lengths.max()) < 2:
-                    raise ValueError(f"generation: every sample of tile {tile} is one token long; is this a language model?")
-                store.write(tile, tokens.cpu(), lengths.cpu())
-                bar.update(task, completed=(done + 1) * (self.settings.max_length - 1), tokens=(done + 1) * int(lengths.sum()))
+    def teardown(self, stage: str | None = None) -> None:
+        """Let go of the teacher, of its process and of the store."""
+        self._close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """As :meth:`teardown`."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = self.train_dataset = None
+        if self.chunks is not None:
+            self.chunks.close()
+            self.chunks = None
+        free_memory()
+
+    # ------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Shuffled batches; the order depends on `seed` and the epoch, and a resumed epoch goes on where it was left."""
-        assert self.train_dataset is not None
-        rank, world = self._place()
-        order = EpochOrder(len(self.train_dataset), self.settings.seed, self._consumed, world, rank)
+        """Batches in an order that depends on `seed` and the epoch; a resumed epoch goes on where it was left."""
+        ranks = Ranks(self.trainer)
+        if self._stream is not None:
+            order: EpochOrder = StreamOrder(self._stream.plan, self._consumed)
+        elif self._mix is not None:
+            order = MixedOrder(*self._mix, self.seed, self._consumed, ranks.world, ranks.rank)
+        else:
+            order = EpochOrder(len(self.train_dataset), self.seed, self._consumed, ranks.world, ranks.rank)
         return self._loader(self.train_dataset, sampler=order)
-
-    def _place(self) -> tuple[int, int]:
-        """(rank, number of ranks)."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _consumed(self) -> int:
         """This rank's samples of the epoch that were trained on before the run was interrupted."""
@@ -183,5 +373,29 @@ class SyntheticDataModule(pl.LightningDataModule):
         datasets = [self.val_dataset, self.text_dataset]
         return [self._loader(dataset) for dataset in datasets if dataset is not None and len(dataset) > 0]
 
+    def predict_dataloader(self) -> Chunks:
+        """What is missing in the store, for :class:`~lightning_qat.data.GenerationModule`."""
+        assert self.chunks is not None
+        return self.chunks
+
     def _loader(self, dataset: Any, **kwargs: Any) -> DataLoader[dict[str, Any]]:
+        assert self.vocab_size is not None
+        collate = Collate(self.vocab_size)
         return ResumableLoader(dataset, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers, **kwargs)
+
+
+def _one_in_twenty(num_samples: int) -> int:
+    return min(64, num_samples // 20)
+
+
+def _stored_rows(folder: Path) -> int | None:
+    """The rows of a store that can be read."""
+    with contextlib.suppress(ValueError):
+        return GenerationStore.existing(folder).identity.get("rows")
+    return None
+
+
+def _refuse_damage(store: GenerationStore) -> None:
+    if store.damage:
+        way_out = f"`lightning-qat generate --resume --store {store.folder}` drops what is damaged and writes it again"
+        raise ValueError(f"store: {store.damage[0]} (in {str(store.folder)!r}); {way_out}")

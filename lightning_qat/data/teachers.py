@@ -57,9 +57,9 @@ class Recipe:
         if is_source(self.teacher):
             return self.teacher
         with own_names():
+            prompts = None if self.prompts is None else read_prompts(self.prompts, self.tokenizer)
             teacher = self._load(device, private)
             settings = replace(self.settings, rows=self.rows or self._fitting_rows(teacher))
-            prompts = None if self.prompts is None else read_prompts(self.prompts, self.tokenizer)
             if self.engine == "transformers":
                 return TeacherSource(teacher, settings, self.tokenizer, prompts, self.bos, self.system, self.compiled)
             script = self._script(teacher, settings, prompts)
@@ -108,7 +108,7 @@ def is_source(teacher: Any) -> bool:
 
 
 def samples_of(source: SampleSource, numbers: Iterable[int], progress: Callable[[int], None] | None = None) -> Iterator[Sample]:
-    """Samples of a source, whose model is in eval mode while it computes and otherwise as it was.
+    """Samples of a source, computed as if nobody else was here: its model is in eval mode, no dtype is imposed by a Trainer's precision.
 
     Args:
         source: Writes them.
@@ -116,24 +116,28 @@ def samples_of(source: SampleSource, numbers: Iterable[int], progress: Callable[
         progress: Called with numbers of tokens that were written, by sources that tell before a sample is finished.
     """
     model = getattr(source, "teacher", None)
-    running = source.samples(numbers, progress) if isinstance(source, TeacherSource) else source.samples(numbers)
+    running = iter(source.samples(numbers, progress) if isinstance(source, TeacherSource) else source.samples(numbers))
     while True:
-        with evaluating(model):
-            sample = next(iter(running), None)
+        with undisturbed(model):
+            sample = next(running, None)
         if sample is None:
             return
         yield sample
 
 
 @contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """A model in eval mode, with each of its modules back in the mode it was in afterwards."""
+def undisturbed(model: Any) -> Iterator[None]:
+    """A model in eval mode, without autocast and with the usual default dtype; afterwards everything is as it was."""
     training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
+    kind, dtype = getattr(model, "device", torch.device("cpu")).type, torch.get_default_dtype()
     for module in training:
         module.training = False
     try:
-        yield
+        torch.set_default_dtype(torch.float32)
+        with torch.autocast(kind, enabled=False):
+            yield
     finally:
+        torch.set_default_dtype(dtype)
         for module in training:
             module.training = True
 

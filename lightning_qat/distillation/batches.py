@@ -88,5 +88,5 @@ def check_packing(model: Any) -> None:
     if not torch.allclose(here, there, rtol=0, atol=0.01 * here.abs().max().item()):
         raise MisconfigurationException(
             f"data: rows hold several samples (position_ids), and {type(model).__name__} with {model.config._attn_implementation!r} "
-            "attention lets a sample see the one before it; put one sample in a row, or load the model with attn_implementation='sdpa'"
+            "attention lets a sample see the one before it; put one sample in a row, or 'sdpa' in place of a flash attention"
         )

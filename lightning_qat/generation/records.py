@@ -134,9 +134,9 @@ class ShardFormat:
         tensors = {name: tensor for name in FLAGS if (tensor := getattr(sample, name)) is not None}
         record = np.zeros((), RECORD)
         for name, tensor in tensors.items():
-            if (dtype := str(tensor.dtype).removeprefix("torch.")) not in FLAGS[name]:
-                raise ValueError(f"sample {sample.index}: {name} are {dtype}, expected {' or '.join(FLAGS[name])}")
-            record["flags"] |= FLAGS[name][dtype]
+            if (given_as := str(tensor.dtype).removeprefix("torch.")) not in FLAGS[name]:
+                raise ValueError(f"sample {sample.index}: {name} are {given_as}, expected {' or '.join(FLAGS[name])}")
+            record["flags"] |= FLAGS[name][given_as]
         given = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
         tokens = given["tokens"]
         if tokens.ndim != 1 or not tokens.size or tokens.min() < 0 or tokens.max() >= self.vocab_size:

@@ -91,7 +91,7 @@ class Shard:
         # Touching mapped pages beyond the end of a file kills the process, so the file is asked each time.
         if (length := self._length()) is None or length < start + size:
             return "missing" if length is None else "cut off"
-        if (mapped := self._map) is None or len(mapped) < start + size:
+        if (mapped := self._map) is None:
             mapped = self._map = np.asarray(np.memmap(self.data, np.uint8, "r"))
         blob = mapped[start : start + size]
         if self.layout.crc(blob) != record["data_crc"]:

@@ -71,8 +71,8 @@ class Agreement:
 
     @property
     def is_far(self) -> bool:
-        """Whether the distance is clearly more than chance; a tenth is left to logits that round in another way."""
-        return self.distance > 1.1 * self.distance_by_chance + 4 * self.distance_spread
+        """Whether the distance is clearly more than chance; a thousandth is left to logits that round in another way."""
+        return self.distance > self.distance_by_chance + 5 * self.distance_spread + 0.001
 
 
 class FrequencyCounts:

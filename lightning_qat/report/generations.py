@@ -40,7 +40,7 @@ class Storage:
     """What samples take on disk.
 
     Attributes:
-        total: Bytes of all files in the folder.
+        total: Bytes of all its files.
         arrays: Bytes of each kind of array: ``tokens`` and, as far as there are any, ``roles``, ``tails``, ``targets``.
         targets: What is kept of the teacher's distributions, in words; None for nothing.
         entry_bytes: Bytes of one number of them; 0 for none.
@@ -184,7 +184,8 @@ class _Reading:
 
     def storage(self) -> Storage:
         """What samples take on disk."""
-        total = sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+        patterns = ("store.json", "shard-*.index", "shard-*.data")  # no files that a writer is about to rename
+        total = sum(path.stat().st_size for pattern in patterns for path in self.folder.glob(pattern))
         if self.targets is None:
             return Storage(total=total, arrays=self.arrays, targets=None, entry_bytes=0)
         kept = f"the {self.targets.shape[-1]} most probable tokens" if "tails" in self.arrays else "logits of the whole vocabulary"

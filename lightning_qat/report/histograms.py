@@ -31,6 +31,8 @@ class Histogram:
         """Bins of a whole width, at most `BINS` of them and about as many."""
         values = np.asarray(values, np.int64)
         low, high = int(values.min()), int(values.max())
+        if low == high:  # one bar that does not fill the picture
+            low, high = low - 2, high + 2
         width = math.ceil((high - low + 1) / BINS)
         edges = np.arange(low, high + width + 1, width)
         return cls(edges.tolist(), np.histogram(values, edges)[0].tolist(), whole=True)

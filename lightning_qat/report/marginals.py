@@ -1,8 +1,7 @@
 """The teacher's distributions over the tokens of a store: computed anew, or read from the targets that the store holds."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -41,6 +40,10 @@ def compare(
     # The rule takes the most probable tokens there: no draw that could tell how probable they are.
     skip = store.identity.get("greedy_tokens", (0, 0))[1] if store.identity.get("mode") == "hybrid" else 0
     eligible = store.records[store.records["chosen"] > skip]
+    if not scored:
+        return None, "that was not asked for"
+    if not len(eligible):
+        return None, "no sample holds a token that was drawn"
     spread = np.linspace(0, len(eligible) - 1, min(scored, len(eligible))).round().astype(np.int64)
     records, counts = eligible[spread], FrequencyCounts(store.layout.vocab_size)
     if teacher is not None:
@@ -89,12 +92,11 @@ def _add_teacher(counts: FrequencyCounts, teacher: Any, store: GenerationStore, 
             _add_logits(counts, row, ids_of, places, int(record["index"]))
 
 
-def _batches(records: NDArray[Any], vocab_size: int) -> Iterator[list[Any]]:
+def _batches(records: NDArray[Any], vocab_size: int) -> Iterator[NDArray[Any]]:
     """Samples that are run through the teacher together."""
-    rows = max(1, _ELEMENTS // (vocab_size * int(records["tokens"].max(initial=1))))
-    waiting: Iterable[Any] = iter(records)
-    while batch := list(islice(waiting, min(_ROWS, rows))):
-        yield batch
+    rows = min(_ROWS, max(1, _ELEMENTS // (vocab_size * int(records["tokens"].max()))))
+    for start in range(0, len(records), rows):
+        yield records[start : start + rows]
 
 
 def _runner(teacher: Any) -> Callable[[Tensor, Tensor], Tensor]:

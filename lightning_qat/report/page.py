@@ -12,6 +12,8 @@ from lightning_qat.report.svg import Bar, bar_chart, histogram_chart
 from lightning_qat.report.verdict import verdict, warnings
 from lightning_qat.report.wording import label, number, percent, printable, size
 
+_READING = "Tokens that were given are grey, special tokens are framed, what the teacher wrote as the user has a colour of its own."
+
 
 def render(found: GenerationStatistics, samples: str, *, name: str, tokenizer: Any = None) -> str:
     """The page.
@@ -27,7 +29,7 @@ def render(found: GenerationStatistics, samples: str, *, name: str, tokenizer: A
         ("Frequencies of tokens", _frequencies(found, tokenizer)),
         ("Start tokens", _start(found)),
         ("Who wrote the tokens", _roles(found)),
-        ("Samples to read", samples),
+        ("Samples to read", f'<p class="muted">{_READING}</p>\n{samples}' if samples else ""),
         ("The store", _store(found)),
     ]
     body = "\n".join(f"<section><h2>{title}</h2>\n{content}\n</section>" for title, content in sections if content)
@@ -66,7 +68,7 @@ def _warnings(found: GenerationStatistics) -> str:
 
 
 def _charts(found: GenerationStatistics) -> str:
-    charts = [histogram_chart("Length", found.lengths, "tokens per sample")]
+    charts = [histogram_chart("Length of samples", found.lengths, "tokens per sample")]
     charts.append(histogram_chart("Repetition", found.repetitions, "share of runs of four tokens that occurred before in the sample"))
     if found.perplexities is not None:
         charts.append(
@@ -82,23 +84,26 @@ def _frequencies(found: GenerationStatistics, tokenizer: Any) -> str:
     if found.agreement is None:
         rows = [Bar(label(token, tokenizer), [count]) for token, count in found.frequent]
         chart = bar_chart("Most frequent tokens", rows, ["observed"], "occurrences") if rows else ""
-        return f"<p>{used} There is nothing to compare them with: {escape(found.not_compared)}.</p><figure>{chart}</figure>"
+        return f"<p>{used} There is nothing to compare them with: {escape(found.not_compared)}.</p><figure class='wide'>{chart}</figure>"
     agreement = found.agreement
     rows = [Bar(label(token.token, tokenizer), [token.observed, token.expected]) for token in agreement.top]
     chart = bar_chart("Most frequent tokens", rows, ["observed", "expected"], "occurrences among the tokens compared")
     off = _table("Over-represented", agreement.over, tokenizer) + _table("Under-represented", agreement.under, tokenizer)
-    return f"<p>{used}</p>{_agreement(agreement)}<figure>{chart}</figure><div class='charts'>{off}</div>"
+    return f"<p>{used}</p>{_agreement(agreement, found.identity)}<figure class='wide'>{chart}</figure><div class='charts'>{off}</div>"
 
 
-def _agreement(found: Agreement) -> str:
+def _agreement(found: Agreement, identity: dict[str, Any]) -> str:
     source = "from the teacher itself" if found.source == "teacher" else "from the distributions kept in the store"
+    left_out = ""
+    if identity.get("mode") == "hybrid":
+        left_out = " The first tokens of each, which may be the most probable ones instead of draws, are left out."
     rows = [
-        ("total variation distance", f"{found.distance:.4f}", f"{found.distance_by_chance:.4f} ± {found.distance_spread:.4f}"),
+        ("total variation distance", f"{found.distance:.4f}", f"{found.distance_by_chance:.4f}\u00a0±\u00a0{found.distance_spread:.4f}"),
         ("KL divergence, nats per token", "infinite" if found.kl is None else f"{found.kl:.4f}", f"{found.kl_by_chance:.4f}"),
     ]
     return (
         f"<p>Expected are the averages of the teacher's distributions over the same {found.positions:,} positions of {found.samples:,} "
-        f"samples, {source}. By chance is what the figures are if every one of these tokens is drawn again.</p>"
+        f"samples, {source}.{left_out} By chance is what the figures are if every one of these tokens is drawn again.</p>"
         + _rows(("", "measured", "by chance"), rows)
     )
 
@@ -124,7 +129,7 @@ def _roles(found: GenerationStatistics) -> str:
     if found.roles is None:
         return ""
     rows = [Bar(f"{role} ({percent(count / found.tokens)})", [count]) for role, count in found.roles.items()]
-    return f"<figure>{bar_chart('Tokens by who wrote them', rows, ['tokens'], 'tokens')}</figure>"
+    return f"<figure class='wide'>{bar_chart('Tokens by who wrote them', rows, ['tokens'], 'tokens')}</figure>"
 
 
 def _store(found: GenerationStatistics) -> str:

@@ -24,8 +24,9 @@ code, pre, .token { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monos
 .warning { border-left: 4px solid var(--warn); background: var(--warn-paper); padding: .75rem 1rem; border-radius: 4px; max-width: 50rem; }
 .warning ul { margin: .3rem 0 0; padding-left: 1.2rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem; align-items: start; }
-figure { margin: 0; overflow-x: auto; }
+figure { margin: 0 0 1rem; overflow-x: auto; }
 svg { display: block; width: 100%; max-width: 45rem; font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+figure.wide svg { min-width: 36rem; }
 svg text { fill: var(--ink); }
 svg text.muted { fill: var(--muted); }
 svg text.title { font-size: 14px; font-weight: 600; }
@@ -39,7 +40,7 @@ table { border-collapse: collapse; margin-bottom: 1rem; }
 th, td { text-align: left; padding: .25rem 1.25rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 thead th { color: var(--muted); font-weight: 500; }
-tbody th { font-weight: 500; white-space: nowrap; }
+tbody th { font-weight: 500; white-space: nowrap; padding-right: 2rem; }
 article { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: .9rem 1.1rem; margin-bottom: 1rem; }
 article p { margin: 0 0 .5rem; font-size: .9rem; }
 pre { margin: 0 0 .5rem; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; max-height: 22rem; overflow-y: auto;

@@ -52,7 +52,7 @@ def histogram_chart(title: str, histogram: Histogram, x_label: str) -> str:
     parts += [_text(x(tick), bottom + 17, number(tick), "middle") for tick in places]
     parts.append(f'<line class="axis" x1="{LEFT}" y1="{bottom}" x2="{WIDTH - RIGHT}" y2="{bottom}"/>')
     parts.append(_text(LEFT + (WIDTH - LEFT - RIGHT) / 2, HEIGHT - 6, x_label, "middle", "muted"))
-    parts.append(_text(LEFT - 8, TOP - 12, "samples", "end", "muted"))
+    parts.append(_text(0, TOP - 14, "samples", "start", "muted"))
     start, end, count = max(bins, key=lambda entry: entry[2])
     peak = f"{percent(count / total)} of {amount(total, 'sample')} in the tallest bar, {_range(histogram, start, end)}"
     return _svg(WIDTH, HEIGHT, title, f"{x_label}, {peak}", parts)

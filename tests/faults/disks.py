@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ import pytest
 @contextlib.contextmanager
 def small_disk(folder, size):
     """A file system of `size` bytes in memory at `folder`; skips the test where mounting is not permitted."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
     try:
         done = subprocess.run(options, capture_output=True)
@@ -27,16 +29,20 @@ def small_disk(folder, size):
 
 
 @contextlib.contextmanager
-def read_only(folder):
-    """`folder` as the present user sees a folder that is not theirs; root, whom modes do not stop, needs a mounted one."""
-    if os.geteuid():
-        os.chmod(folder, 0o555)
-        yield
-        os.chmod(folder, 0o755)
-    else:
-        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-        yield
-        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+def read_only_copy(source, target):
+    """A copy of a folder that the present user may not write; root, whom modes do not stop, gets a disk that is mounted so."""
+    with contextlib.ExitStack() as disk:
+        if not os.geteuid():
+            disk.enter_context(small_disk(target.parent, 2**20))
+        shutil.copytree(source, target)
+        if not os.geteuid():
+            subprocess.run(["mount", "-o", "remount,ro", str(target.parent)], check=True)
+        else:
+            modes = {path: path.stat().st_mode for path in [target, *target.iterdir()]}
+            disk.callback(lambda: [path.chmod(mode) for path, mode in modes.items()])
+            for path, mode in modes.items():
+                path.chmod(mode & 0o555)
+        yield target
 
 
 class Fuse:
@@ -77,12 +83,12 @@ class Recorder:
     """Keeps what is written and synced, so that a test can say what a power cut would have left.
 
     Attributes:
-        events: ``("write", path, offset, content)``, ``("sync", path)``, ``("rename", path, content)``, in their order.
+        events: ``("write", path, offset, content)``, ``("sync", path)``, ``("create", path, content)``, in their order.
     """
 
     def __init__(self, monkeypatch):
         self.events = []
-        pwrite, fsync, replace = os.pwrite, os.fsync, os.replace
+        pwrite, fsync, replace, touch = os.pwrite, os.fsync, os.replace, Path.touch
 
         def record_write(file, content, offset):
             self.events.append(("write", _path(file), offset, bytes(content)))
@@ -95,12 +101,18 @@ class Recorder:
         def record_rename(source, target):
             assert ("sync", str(source)) in self.events, "renamed before it was on disk"
             with open(source, "rb") as file:
-                self.events.append(("rename", str(target), file.read()))
+                self.events.append(("create", str(target), file.read()))
             return replace(source, target)
+
+        def record_touch(path):
+            if not path.exists():
+                self.events.append(("create", str(path), b""))
+            return touch(path)
 
         monkeypatch.setattr(os, "pwrite", record_write)
         monkeypatch.setattr(os, "fsync", record_sync)
         monkeypatch.setattr(os, "replace", record_rename)
+        monkeypatch.setattr(Path, "touch", record_touch)
 
     def after_power_cut(self, place, kept):
         """Contents of the files when the power fails before event `place`.
@@ -110,18 +122,18 @@ class Recorder:
             kept: A function of (path, content) that says what of a write is on disk that was not synced; None for nothing.
 
         Returns:
-            A dict of paths and contents; a name is durable when its folder was synced after the rename.
+            A dict of paths and contents; a file is lost unless its folder was synced after it got its name.
         """
         files = {}
         for number, event in enumerate(self.events[:place]):
             later = self.events[number + 1 : place]
-            if event[0] == "rename" and ("sync", os.path.dirname(event[1])) in later:
+            if event[0] == "create" and ("sync", os.path.dirname(event[1])) in later:
                 files[event[1]] = bytearray(event[2])
-            if event[0] == "write":
+            if event[0] == "write" and event[1] in files:
                 _, path, offset, content = event
                 content = content if ("sync", path) in later else kept(path, content)
                 if content is not None:
-                    file = files.setdefault(path, bytearray())
+                    file = files[path]
                     file.extend(bytes(max(0, offset + len(content) - len(file))))
                     file[offset : offset + len(content)] = content
         return {path: bytes(content) for path, content in files.items()}

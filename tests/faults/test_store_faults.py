@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from disks import Fuse, Recorder, die, no_space, read_only, small_disk
+from disks import Fuse, Recorder, die, no_space, read_only_copy, small_disk
 from kill import run_with_kills
 from samples import IDENTITY, known, same
 
@@ -78,6 +78,8 @@ def paths(folder, number=0, writer=0):
 
 def torn_states(before, after):
     """All that a cut can leave of a group: its data is written first, and on disk before the first byte of its records is."""
+    junk = random.Random(0).randbytes(5 * RECORD + 3)  # nothing of ours, as after a power cut; more than what is written next
+    yield before[0] + junk, before[1] + junk
     for end in range(len(before[1]), len(after[1]) + 1):
         yield before[0], after[1][:end]
     for end in range(len(before[0]), len(after[0])):
@@ -301,6 +303,19 @@ def test_repair_drops_what_is_damaged_and_nothing_else(small, whole):
             (small / name).write_bytes(content)
 
 
+def test_a_run_goes_on_behind_a_damaged_record(quick_path, whole):
+    complete(quick_path, 6)
+    index = quick_path / "shard-000-00000.index"
+    content = bytearray(index.read_bytes())
+    content[HEADER + 2 * RECORD + 5] ^= 4
+    index.write_bytes(content)
+    assert GenerationStore.existing(quick_path).missing(6) == [2]
+    complete(quick_path, 6)
+    assert index.read_bytes()[: len(content)] == content
+    assert len(index.read_bytes()) == HEADER + 7 * RECORD
+    assert GenerationStore.existing(quick_path).digest(6) == whole[6]
+
+
 @pytest.mark.parametrize("kind", ["index", "data"])
 def test_a_missing_file_is_named_and_its_samples_are_written_again(small, whole, kind):
     index, data = paths(small)
@@ -461,6 +476,14 @@ def test_a_disk_that_is_full_at_any_step_costs_nothing_that_was_safe(quick_path,
     assert place > 25
 
 
+def test_a_disk_that_takes_a_few_bytes_at_a_time(quick_path, monkeypatch, whole):
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, content, offset: real(file, content[:11], offset))
+    complete(quick_path, 6)
+    assert check(quick_path) == set(range(6))
+    assert GenerationStore.existing(quick_path).digest(6) == whole[6]
+
+
 def test_a_disk_that_fails_is_named(tmp_path, monkeypatch):
     def broken():
         raise OSError(5, "Input/output error")
@@ -509,16 +532,14 @@ def test_a_full_disk_and_space_again(tmp_path, whole):
 
 
 def test_a_folder_that_may_not_be_written_is_read(tmp_path, whole):
-    with small_disk(tmp_path / "disk", 1024 * 1024) as disk:
-        complete(disk / "gen", 6)
-        with read_only(disk):
-            folder = disk / "gen"
-            assert check(folder) == set(range(6))
-            store = GenerationStore(folder).open(IDENTITY, 6)
-            assert store.digest(6) == whole[6]
-            for attempt in (lambda: GenerationStore(folder).open(IDENTITY, 7), lambda: complete(folder, 6), store.repair):
-                with pytest.raises(ValueError, match=r"store: cannot write to '.*gen'.*make it writable or choose another folder"):
-                    attempt()
+    complete(tmp_path / "gen", 6)
+    with read_only_copy(tmp_path / "gen", tmp_path / "disk" / "gen") as folder:
+        assert check(folder) == set(range(6))
+        store = GenerationStore(folder).open(IDENTITY, 6)
+        assert store.digest(6) == whole[6]
+        for attempt in (lambda: GenerationStore(folder).open(IDENTITY, 7), lambda: complete(folder, 6), store.repair):
+            with pytest.raises(ValueError, match=r"store: cannot write to '.*gen'.*make it writable or choose another folder"):
+                attempt()
 
 
 # ---------------------------------------------------------------- readers beside a writer

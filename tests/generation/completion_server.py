@@ -78,13 +78,14 @@ class CompletionServer:
         requests: Bodies received, in order.
         hanging: Set when a request hangs.
         gate: What it waits for.
+        patient: Whether no request waited in vain.
     """
 
     def __init__(self, model, name="teacher", limit=64, eos=None, key=None, max_logprobs=20):
         self.model, self.eos, self.key, self.max_logprobs = model, eos, key, max_logprobs
         self.cards = [{"id": name, "max_model_len": limit}]
         self.faults, self.edits, self.requests, self.lock = [], [], [], threading.Lock()
-        self.hanging, self.gate = threading.Event(), threading.Event()
+        self.hanging, self.gate, self.patient = threading.Event(), threading.Event(), True
         handler = type("Handler", (_Handler,), {"served": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True
@@ -148,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.allowed():
             if fault == "hang":
                 self.served.hanging.set()
-                self.served.gate.wait(20)
+                self.served.patient &= self.served.gate.wait(10)
             self.answer(*self.served.completion(body))
 
     def allowed(self):

@@ -82,7 +82,7 @@ def any_set(draw):
     return vocab_size, [draw(any_sample(number, vocab_size)) for number in numbers]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(any_set(), st.integers(1, 4), st.sampled_from([1, 200, 2**30]))
 def test_any_samples_in_any_groups_and_shards_come_back(drawn, group, shard_bytes):
     vocab_size, samples = drawn
@@ -451,6 +451,14 @@ def test_the_writers_of_a_run_do_not_meet(store):
                 writer.append([known(number)])
     assert store.missing(9) == []
     assert all(same(store.read(index), known(index)) for index in range(9))
+
+
+def test_a_writer_knows_what_was_written_before_it(store):
+    other = GenerationStore.existing(store.folder)
+    write(store, [known(0)])
+    assert other.missing(2) == [0, 1]
+    with other.writing():
+        assert other.missing(2) == [1]
 
 
 def hold(folder, ready, release):
