@@ -1,6 +1,7 @@
-"""Data that the teacher writes: the store of generated tokens and its LightningDataModule."""
+"""Data that the teacher writes, as a LightningDataModule and as a run of ``Trainer.predict``."""
 
 from lightning_qat.data.datamodule import SyntheticDataModule
-from lightning_qat.data.store import GenerationStore
+from lightning_qat.data.predict import GenerationModule
+from lightning_qat.generation import GenerationStore
 
-__all__ = ["GenerationStore", "SyntheticDataModule"]
+__all__ = ["GenerationModule", "GenerationStore", "SyntheticDataModule"]

@@ -49,7 +49,7 @@ def _check_teacher(data: "SyntheticDataModule") -> None:
         raise ValueError(f"engine: got {engine!r}, expected 'transformers', 'vllm' or the address of a server, 'http://...'")
     if teacher is None:
         if not (data.folder / "store.json").is_file() and data.mode != "stream":
-            raise ValueError(f"teacher: got None, but there are no samples in {str(data.folder)!r}; name the teacher, or a store that is there")
+            raise ValueError(f"teacher: got None, but {str(data.folder)!r} holds no samples; name the teacher, or a store that is there")
         return
     for field in ("num_samples", *(() if is_source(teacher) else ("max_length",))):
         if getattr(data, field) is None:
@@ -57,14 +57,14 @@ def _check_teacher(data: "SyntheticDataModule") -> None:
     if is_source(teacher):
         return
     if data.loss_on == "assistant" and generation not in WITH_ROLES:
-        raise ValueError(f"loss_on: got 'assistant' with generation={generation!r}, which has none; use generation='chat', or loss_on='all'")
+        raise ValueError(f"loss_on: got 'assistant' with generation={generation!r}, which has none; use 'chat', or loss_on='all'")
     if (data.prompts is None) == (generation == "prefix"):
         got = "no prompts" if data.prompts is None else f"{data.prompts!r}"
         raise ValueError(f"prompts: got {got} with generation={generation!r}; they belong to generation='prefix', and only there")
     if data.system is not None and generation != "chat":
         raise ValueError(f"system: got {data.system!r} with generation={generation!r}; a system message needs generation='chat'")
     if engine != "transformers" and (isinstance(teacher, CallableTeacher) or (engine == "vllm" and not isinstance(teacher, str))):
-        raise ValueError(f"teacher: got a {type(teacher).__name__} with engine={engine!r}, expected the name of a model; or use 'transformers'")
+        raise ValueError(f"teacher: got a {type(teacher).__name__} with engine={engine!r}, expected the name of a model")
 
 
 def _check_text(data: "SyntheticDataModule") -> None:
@@ -90,20 +90,24 @@ def _check_stream(data: "SyntheticDataModule") -> None:
         raise ValueError(f"num_workers: got {data.num_workers} with mode='stream'; use num_workers=0 and stream_worker='process'")
 
 
-def check_agreement(given: GenerationSettings, identity: dict[str, Any], where: str) -> None:
+def check_agreement(data: "SyntheticDataModule", identity: dict[str, Any], where: str) -> None:
     """Refuse settings that were given and are not those of samples that are there; what is left at its default agrees with everything.
 
     Args:
-        given: The settings.
+        data: Its settings.
         identity: What the samples depend on, as far as it says.
-        where: Where they are.
+        where: Whose they are, with a verb.
 
     Raises:
-        ValueError: Names the first one.
+        ValueError: Names the first setting.
     """
-    names = {"mode": "generation", "logits": "teacher_logits"}
-    default = GenerationSettings(max_length=2).to_dict()
-    for field, value in given.to_dict().items():
-        # The seed is that of the training order too, and the other two are not known to be given.
-        if field not in ("seed", "rows", "max_length") and value not in (default[field], identity.get(field, value)):
-            raise ValueError(f"{names.get(field, field)}: got {value!r}, {where} {identity[field]!r}; leave it out, or name the teacher")
+    names, default = {"mode": "generation", "logits": "teacher_logits"}, GenerationSettings(max_length=2).to_dict()
+    given = {field: value for field, value in data.settings.to_dict().items() if value != default[field]}
+    given |= {"max_length": data.max_length, "rows": data.rows}
+    for field, value in given.items():
+        if field != "seed" and value not in (None, identity.get(field, value)):  # the seed is that of the training order too
+            raise ValueError(f"{names.get(field, field)}: got {value!r}, {where} {identity[field]!r}; leave it out, or take another one")
+    if identity.get("max_length", data.max_length) is None:
+        raise ValueError(f"max_length: got None, {where} none; pass it")
+    if data.loss_on == "assistant" and identity.get("mode") not in WITH_ROLES:
+        raise ValueError(f"loss_on: got 'assistant', {where} generation={identity.get('mode')!r}, where nobody is told apart; use 'all'")

@@ -42,7 +42,7 @@ class Collate:
             counts = [item.get("loss_mask", torch.ones_like(item["input_ids"])) for item in items]
             batch["loss_mask"] = pad_sequence(counts, batch_first=True)
             if not bool(batch["loss_mask"].any()):
-                raise ValueError("loss_on: got 'assistant', but it wrote nothing in this batch; raise max_length or batch_size, or use 'all'")
+                raise ValueError("loss_on: got 'assistant', but it wrote nothing in this batch; raise max_length or batch_size")
         if "position_ids" in items[0]:
             batch["position_ids"] = _restarting([item["position_ids"] for item in items], mask)
         if "targets" in items[0]:
@@ -52,7 +52,7 @@ class Collate:
     def _teacher(self, items: Sequence[Item], counts: Tensor) -> Tensor | TopK:
         targets = pad_sequence([item["targets"] for item in items], batch_first=True)
         if "tails" not in items[0]:
-            return targets
+            return targets.clamp(min=torch.finfo(targets.dtype).min)  # -inf, of tokens that are never drawn, would make a KL divergence NaN
         tails = pad_sequence([item["tails"] for item in items], batch_first=True)
         ids, probabilities = unpack_targets(targets, tails, self.vocab_size)
         counted = counts.bool()  # elsewhere nothing is known, which is written as all mass in the tail

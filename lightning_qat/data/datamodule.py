@@ -1,7 +1,6 @@
 """The teacher's generations as training data: LLM-QAT (arXiv 2305.17888), section 3.1."""
 
-import contextlib
-import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +13,16 @@ from torch.utils.data import ConcatDataset, DataLoader
 from lightning_qat.data.arguments import check_agreement, check_arguments, check_split
 from lightning_qat.data.collate import Collate
 from lightning_qat.data.datasets import HeldSamples, LossOn, StoredSamples, TextWindows
-from lightning_qat.data.filling import Filling
 from lightning_qat.data.order import EpochOrder, MixedOrder, ResumableLoader, StreamOrder, StreamPlan
 from lightning_qat.data.packing import in_rows
 from lightning_qat.data.predict import Chunks
 from lightning_qat.data.ranks import Ranks
 from lightning_qat.data.selection import select, token_counts
-from lightning_qat.data.stream import GenerationHere, SampleStream, StreamedSamples
+from lightning_qat.data.stores import existing_store, existing_targets, fillings, stored_rows
+from lightning_qat.data.stream import SampleStream, StreamedSamples
 from lightning_qat.data.teachers import Recipe, free_memory, is_source, own_names
-from lightning_qat.data.text import FOLDER, TextTargets, read_windows, shown_per_epoch, text_identity
-from lightning_qat.data.worker import GenerationInProcess
+from lightning_qat.data.text import read_windows, shown_per_epoch
+from lightning_qat.data.worker import open_stream
 from lightning_qat.evaluation import read_documents, text_windows
 from lightning_qat.generation import CallableTeacher, GenerationSettings, GenerationStore, SampleFilters, load_tokenizer
 from lightning_qat.generation.filters import FilterReport
@@ -81,6 +80,7 @@ class SyntheticDataModule(pl.LightningDataModule):
     Attributes:
         vocab_size: Number of the teacher's token ids, known after ``setup``.
         filter_report: What was left out, known after ``setup``; None if nothing could be.
+        prepare_store: Called on rank 0 when the store is open and before anything is written to it, for whoever keeps something beside it.
 
     Raises:
         ValueError: At construction, for a setting that cannot work; in ``setup``, for a teacher, text or store that cannot.
@@ -148,6 +148,7 @@ class SyntheticDataModule(pl.LightningDataModule):
         check_arguments(self)
         self.vocab_size: int | None = None
         self.filter_report: FilterReport | None = None
+        self.prepare_store: Callable[[], None] | None = None
         self.train_dataset: Any = None
         self.val_dataset: Any = None
         self.text_dataset: TextWindows | None = None
@@ -155,137 +156,84 @@ class SyntheticDataModule(pl.LightningDataModule):
         self._mix: tuple[int, int, int] | None = None
         self._stream: SampleStream | None = None
 
-    # ------------------------------------------------------------ setup
-
     def setup(self, stage: str | None = None) -> None:
         """Generate what is missing, then read from the store; for ``predict`` only find out what is missing."""
         done = self.val_dataset if self.mode == "stream" and stage == "validate" else self.train_dataset
         if stage == "test" or (stage != "predict" and done is not None):
             return
+        if stage == "predict" and (self.mode == "stream" or self.teacher is None):
+            raise ValueError("Trainer.predict: fills a store, which needs a teacher and mode='store' or 'mix'; use Trainer.fit or validate")
         ranks = Ranks(self.trainer)
-        store = self._existing(stage) if self.teacher is None else None
-        self._check_counts(ranks)
-        windows = self._read_texts(store)
+        store = existing_store(self.folder, self.num_samples) if self.teacher is None else None
+        self._complete(store, ranks)
+        windows = self._read_texts()
         if self.mode == "stream":
-            return self._set_up_stream(ranks, stage)
-        if store is None:
-            fillings = self._fillings(ranks, windows)
-            if stage == "predict":
-                self.chunks = Chunks(fillings, ranks)
-                return None
-            for filling in fillings:
-                filling.run(ranks)
-            stores = [filling.store for filling in fillings]
-            del fillings, filling
-            free_memory()
+            self._set_up_stream(ranks, stage)
+        elif store is not None:
+            self._read([store, *existing_targets(store, windows, self.text, self.max_length or 0)], windows)
         else:
-            stores = [store, *self._existing_targets(store, windows)]
-        return self._read(stores, windows)
+            self._fill(ranks, windows, stage)
 
-    def prepare_store(self) -> None:
-        """Called on rank 0 when the store is open and before anything is written to it, for whoever keeps something beside it."""
-
-    def _existing(self, stage: str | None) -> GenerationStore:
-        """The store whose samples nobody has to write."""
-        if stage == "predict":
-            raise ValueError("teacher: got None in Trainer.predict, which generates; name the teacher")
-        store = GenerationStore.existing(self.folder)
-        _refuse_damage(store)
-        self._adopt(store.identity, f"the samples in {str(self.folder)!r} have")
-        self.num_samples = store.requested if self.num_samples is None else self.num_samples
-        if missing := store.missing(self.num_samples):
-            raise ValueError(
-                f"num_samples: got {self.num_samples}, {str(self.folder)!r} holds {len(store.records)} and lacks sample {missing[0]}; ask for "
-                "fewer, or name the teacher, so that it writes the rest"
-            )
-        return store
-
-    def _adopt(self, identity: dict[str, Any], where: str) -> None:
-        """Take from samples that are there, or from whoever writes them, what they are like."""
-        check_agreement(self.settings, identity, where)
-        for field, given in (("max_length", self.max_length), ("rows", self.rows)):
-            if given is not None and given != identity.get(field, given):
-                raise ValueError(f"{field}: got {given}, {where} {identity[field]}; leave it out")
-        self.max_length = identity.get("max_length", self.max_length)
-        if self.max_length is None:
-            raise ValueError("max_length: got None, and the teacher's identity does not say; pass it")
-        if self.loss_on == "assistant" and identity.get("mode") not in ("chat", "prefix"):
-            raise ValueError(f"loss_on: got 'assistant', {where} generation={identity.get('mode')!r}, which has none; use loss_on='all'")
-
-    def _check_counts(self, ranks: Ranks) -> None:
+    def _complete(self, store: GenerationStore | None, ranks: Ranks) -> None:
+        """What was not given: taken from the samples that are there, or from whoever writes them."""
+        source: Any = store if store is not None else self.teacher
+        if store is not None or is_source(source):
+            check_agreement(self, source.identity, "the teacher has" if store is None else "the samples in the store have")
+            self.max_length = source.identity.get("max_length", self.max_length)
+        if store is not None and self.num_samples is None:
+            self.num_samples = store.requested
         assert self.num_samples is not None
         self.val_samples = _one_in_twenty(self.num_samples) if self.val_samples is None else self.val_samples
         check_split(self.num_samples, self.val_samples)
-        least, what = (self.num_samples - self.val_samples, "training samples") if self.mode == "stream" else (self.num_samples, "samples")
-        if least < ranks.world:
-            raise ValueError(f"num_samples: got {least} {what} for {ranks.world} processes, expected at least one each")
+        count, what = (self.num_samples - self.val_samples, "training samples") if self.mode == "stream" else (self.num_samples, "samples")
+        if count < ranks.world:
+            raise ValueError(f"num_samples: got {count} {what} for {ranks.world} processes, expected at least one each")
+        self._read_tokenizer(store)
 
-    def _read_texts(self, store: GenerationStore | None) -> list[Tensor]:
-        """Windows of real text to train on; those to validate on are kept."""
+    def _read_tokenizer(self, store: GenerationStore | None) -> None:
         source = self.tokenizer if self.tokenizer is not None else self.teacher
         if isinstance(source, str | Path):
             self.tokenizer = load_tokenizer(source)
-        if self.tokenizer is None and (needing := [name for name in ("validation", "text") if getattr(self, name) is not None]):
-            raise ValueError(f"tokenizer: needed with `{needing[0]}` when the teacher is not named; pass the teacher's tokenizer too")
-        if store is not None and self.tokenizer is not None:
-            if store.identity.get("tokenizer") not in (None, tokenizer_fingerprint(self.tokenizer)):
-                raise ValueError(f"tokenizer: is not the one of the samples in {str(self.folder)!r}; pass the teacher's own")
-        if is_source(self.teacher):
-            self._adopt(self.teacher.identity, "the teacher writes with")  # type: ignore[union-attr]
+        if self.tokenizer is None:
+            if needing := [name for name in ("validation", "text") if getattr(self, name) is not None]:
+                raise ValueError(f"tokenizer: needed with `{needing[0]}` when the teacher is not named; pass the teacher's tokenizer too")
+        elif store is not None and store.identity.get("tokenizer") not in (None, tokenizer_fingerprint(self.tokenizer)):
+            raise ValueError(f"tokenizer: is not the one of the samples in {str(self.folder)!r}; pass the teacher's own")
+
+    def _read_texts(self) -> list[Tensor]:
+        """Windows of real text to train on; those to validate on are kept."""
         assert self.max_length is not None
         if self.validation is not None:
             self.text_dataset = TextWindows(text_windows(self.tokenizer, read_documents(self.validation), self.max_length))
         return [] if self.text is None else read_windows(self.tokenizer, self.text, self.max_length, self.validation)
 
     def _recipe(self, rows: int | None) -> Recipe:
-        return Recipe(
-            teacher=self.teacher,
-            settings=self.settings,
-            num_samples=self.num_samples or 1,
-            rows=rows,
-            tokenizer=self.tokenizer,
-            dtype=self.dtype,
-            engine=self.engine,
-            prompts=self.prompts,
-            bos=self.bos,
-            system=self.system,
-            compiled=self.compile,
-        )
+        assert self.num_samples is not None
+        same = {name: getattr(self, name) for name in ("teacher", "settings", "tokenizer", "dtype", "engine", "prompts", "bos", "system")}
+        return Recipe(**same, num_samples=self.num_samples, rows=rows, compiled=self.compile)
 
-    def _fillings(self, ranks: Ranks, windows: list[Tensor]) -> list[Filling]:
-        """The stores to be filled, and who fills them."""
+    def _fill(self, ranks: Ranks, windows: list[Tensor], stage: str | None) -> None:
+        """Write what the store lacks."""
         assert self.num_samples is not None
         assert self.max_length is not None
-        source = self._recipe(self.rows or _stored_rows(self.folder)).build(ranks.device)
-        work: list[tuple[SampleSource, Path, int, str]] = [(source, self.folder, self.num_samples, "Generating")]
-        if windows and source.identity.get("logits") is not None:
-            work.append((TextTargets(source, windows), self.folder / FOLDER, len(windows), "Scoring text"))
-        fillings = []
-        for writer, folder, count, title in work:
-            with own_names():
-                store = GenerationStore(folder).open(writer.identity, count)
-            _refuse_damage(store)
-            fillings.append(Filling(writer, store, count, self.max_length, title))
-        if ranks.rank == 0:
+        source = self._recipe(self.rows or stored_rows(self.folder)).build(ranks.device)
+        work = fillings(source, self.folder, self.num_samples, windows, self.max_length)
+        if ranks.rank == 0 and self.prepare_store is not None:
             self.prepare_store()
-        return fillings
-
-    def _existing_targets(self, store: GenerationStore, windows: list[Tensor]) -> list[GenerationStore]:
-        if not windows or store.identity.get("logits") is None:
-            return []
-        assert self.max_length is not None
-        wanted = text_identity(store.identity, windows, self.max_length)
-        targets = GenerationStore.existing(self.folder / FOLDER)
-        _refuse_damage(targets)
-        if targets.identity != wanted or targets.missing(len(windows)):
-            raise ValueError(f"text: {str(targets.folder)!r} holds no targets for all of {self.text!r}; name the teacher, so that it writes them")
-        return [targets]
+        if stage == "predict":
+            self.chunks = Chunks(work, ranks)
+            return
+        for filling in work:
+            filling.run(ranks)
+        stores = [filling.store for filling in work]
+        del source, work, filling
+        free_memory()
+        self._read(stores, windows)
 
     def _read(self, stores: list[GenerationStore], windows: list[Tensor]) -> None:
-        """Make datasets of stores that are complete."""
+        """Make datasets of stores that are complete: generated samples, then the targets of text if there are any."""
         assert self.num_samples is not None
         assert self.val_samples is not None
-        assert self.max_length is not None
         store = stores[0]
         report = select(store, self.num_samples, self.filters, self.loss_on)
         if self.filters is not None or self.loss_on != "all":
@@ -294,46 +242,40 @@ class SyntheticDataModule(pl.LightningDataModule):
         first_val = len(report.kept) - self.val_samples
         if first_val < 1:
             raise ValueError(f"filters: {report}, none of which is left for training with val_samples={self.val_samples}; loosen them")
-        numbers = report.kept[:first_val]
-        lengths = token_counts(store, numbers)
-        capacity = self.max_length if self.packing else None
-        train = in_rows(StoredSamples(store, numbers, self.loss_on), lengths, capacity, "samples")
-        if windows:
-            sizes = [len(window) for window in windows]
-            text = in_rows(TextWindows(windows, *stores[1:]), sizes, capacity, "windows of text")
-            shown = shown_per_epoch(self.text_ratio, int(lengths.sum()), sum(sizes), len(text))
-            self._mix, train = (len(train), len(text), shown), ConcatDataset([train, text])
         self.vocab_size = int(store.identity["vocab_size"])
         self.val_dataset = StoredSamples(store, report.kept[first_val:], self.loss_on)
+        lengths = token_counts(store, report.kept[:first_val])
+        train = self._in_rows(StoredSamples(store, report.kept[:first_val], self.loss_on), lengths, "samples")
+        if windows:
+            sizes = [len(window) for window in windows]
+            text = self._in_rows(TextWindows(windows, *stores[1:]), sizes, "windows of text")
+            self._mix = (len(train), len(text), shown_per_epoch(self.text_ratio, sum(lengths), sum(sizes), len(text)))
+            train = ConcatDataset([train, text])
         self.train_dataset = train
+
+    def _in_rows(self, samples: Any, lengths: list[int], what: str) -> Any:
+        return in_rows(samples, lengths, self.max_length or 0, what) if self.packing else samples
 
     def _set_up_stream(self, ranks: Ranks, stage: str | None) -> None:
         assert self.num_samples is not None
         assert self.val_samples is not None
-        if stage == "predict":
-            raise ValueError("mode: got 'stream' in Trainer.predict, which fills a store; use mode='store'")
         plan = StreamPlan(self.num_samples - self.val_samples, self.val_samples, ranks.world, ranks.rank)
-        device, recipe = torch.device(self.stream_device or ranks.device), self._recipe(self.rows)
-        if self.stream_worker == "inline":
-            generation: Any = GenerationHere(recipe.build(device, private=self._is_trained_with()), plan, self.buffer)
-        else:
-            generation = GenerationInProcess(recipe, device, plan, self.buffer)
-        self.vocab_size, self._stream = generation.vocab_size, SampleStream(plan, generation)
+        device = torch.device(self.stream_device or ranks.device)
+        # The Trainer may move, cast or shard what it trains with.
+        trained = getattr(self.trainer, "lightning_module", None)
+        private = trained is not None and any(module is self.teacher for module in trained.modules())
+        self._stream = open_stream(self._recipe(self.rows), plan, self.buffer, device, self.stream_worker, private)
+        self.vocab_size = self._stream.generation.vocab_size
         if self.val_dataset is None:
-            held_back = range(plan.size, self.num_samples)
-            self.val_dataset = HeldSamples(list(itertools.islice(generation.samples(held_back), len(held_back))), self.loss_on)
+            self.val_dataset = HeldSamples(self._stream.these(range(plan.size, self.num_samples)), self.loss_on)
+        self.train_dataset = StreamedSamples(self._stream, plan.size, self.loss_on)
         if stage == "validate":
             self._close()
-        else:
-            self.train_dataset = StreamedSamples(self._stream, plan.size, self.loss_on)
-
-    def _is_trained_with(self) -> bool:
-        """Whether the teacher is part of the module in the Trainer, which may move, cast or shard it."""
-        trained = getattr(self.trainer, "lightning_module", None)
-        return trained is not None and any(module is self.teacher for module in trained.modules())
 
     def teardown(self, stage: str | None = None) -> None:
         """Let go of the teacher, of its process and of the store."""
+        if self.chunks is not None:
+            self.chunks.meet()  # not in a hook of the loop, which ranks with nothing to write do not enter
         self._close()
 
     def on_exception(self, exception: BaseException) -> None:
@@ -348,8 +290,6 @@ class SyntheticDataModule(pl.LightningDataModule):
             self.chunks.close()
             self.chunks = None
         free_memory()
-
-    # ------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Batches in an order that depends on `seed` and the epoch; a resumed epoch goes on where it was left."""
@@ -386,16 +326,3 @@ class SyntheticDataModule(pl.LightningDataModule):
 
 def _one_in_twenty(num_samples: int) -> int:
     return min(64, num_samples // 20)
-
-
-def _stored_rows(folder: Path) -> int | None:
-    """The rows of a store that can be read."""
-    with contextlib.suppress(ValueError):
-        return GenerationStore.existing(folder).identity.get("rows")
-    return None
-
-
-def _refuse_damage(store: GenerationStore) -> None:
-    if store.damage:
-        way_out = f"`lightning-qat generate --resume --store {store.folder}` drops what is damaged and writes it again"
-        raise ValueError(f"store: {store.damage[0]} (in {str(store.folder)!r}); {way_out}")

@@ -46,11 +46,11 @@ class StoredSamples(Dataset[Item]):
 
     Args:
         store: Holds them.
-        numbers: Their numbers.
+        numbers: Their numbers, a sequence or array.
         loss_on: As in :func:`as_item`.
     """
 
-    def __init__(self, store: GenerationStore, numbers: Sequence[int], loss_on: LossOn = "all") -> None:
+    def __init__(self, store: GenerationStore, numbers: Any, loss_on: LossOn = "all") -> None:
         self.store, self.numbers, self.loss_on = store, numbers, loss_on
 
     def __len__(self) -> int:

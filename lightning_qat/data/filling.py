@@ -38,15 +38,15 @@ class Filling:
             ValueError: The store cannot be written, another run writes to it, or it is no folder that all ranks share.
         """
         try:
-            share = self.begin(ranks)
+            share, meet = self.begin(ranks), ranks.meeting()
             with TokenBar(self.title, len(share), self.max_length, visible=ranks.rank == 0) as bar:
                 self.write(share, bar)
-            ranks.barrier("generation")
+            meet()
         finally:
             self.close()
         self.store.refresh()
         if left := self.store.missing(self.count):
-            raise ValueError(f"store: samples {left[:5]} are missing from {str(self.store.folder)!r} after generation; is it a shared folder?")
+            raise ValueError(f"store: samples {left[:5]} are missing from {str(self.store.folder)!r} after generation; is it shared?")
 
     def begin(self, ranks: Ranks) -> Sequence[int]:
         """Hold the store for writing; returns this rank's share of what rank 0 finds missing. A whole store is not held."""

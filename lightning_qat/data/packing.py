@@ -3,6 +3,11 @@
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import Dataset
+
+from lightning_qat.data.datasets import Item, PackedRows
+
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put samples into as few rows as can be found quickly: the longest first, each where it leaves least room (best fit decreasing).
@@ -36,3 +41,18 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
                 insort(rooms, left)
             open_rows.setdefault(left, []).append(row)
     return rows
+
+
+def in_rows(samples: Dataset[Item], lengths: Sequence[int], capacity: int, what: str) -> PackedRows:
+    """A dataset, several samples to a row; says how full the rows are.
+
+    Args:
+        samples: The samples.
+        lengths: Tokens of each.
+        capacity: Tokens of a row.
+        what: What the samples are called.
+    """
+    rows = pack(lengths, capacity)
+    fill = sum(lengths) / (len(rows) * capacity)
+    rank_zero_info(f"packing: {len(lengths):,} {what} in {len(rows):,} rows of {capacity:,} tokens, {fill:.1%} full")
+    return PackedRows(samples, rows)

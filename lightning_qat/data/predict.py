@@ -1,7 +1,4 @@
-"""Generation as a run of ``Trainer.predict``: any number of devices, under any strategy, with Lightning's progress bar.
-
-    Trainer(devices=4).predict(GenerationModule(), datamodule=SyntheticDataModule(...), return_predictions=False)
-"""
+"""Generation as a run of ``Trainer.predict``: any number of devices, under any strategy, with Lightning's progress bar."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +33,7 @@ class Chunks:
         except BaseException:
             self.close()
             raise
+        self.meet = ranks.meeting()
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -60,6 +58,10 @@ class GenerationModule(pl.LightningModule):
     """Lets the teacher of a :class:`~lightning_qat.SyntheticDataModule` write, in ``Trainer.predict``.
 
     Every rank writes its own share of what is missing in the store. A prediction is the number of samples written in a step.
+
+    Example:
+        >>> data = SyntheticDataModule("tiny-teacher", num_samples=8, max_length=16, store="gen")  # doctest: +SKIP
+        >>> Trainer(devices=4).predict(GenerationModule(), datamodule=data, return_predictions=False)  # doctest: +SKIP
     """
 
     def predict_step(self, batch: Any, batch_idx: int) -> int:

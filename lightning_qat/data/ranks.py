@@ -1,10 +1,12 @@
 """The processes of a run, as far as data is concerned; without a trainer there is one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import distributed
 
 
 class Ranks:
@@ -23,10 +25,15 @@ class Ranks:
         """Rank 0's value."""
         return value if self.trainer is None else self.trainer.strategy.broadcast(value)
 
-    def barrier(self, name: str) -> None:
-        """Wait for all ranks."""
-        if self.trainer is not None:
-            self.trainer.strategy.barrier(f"lightning_qat.{name}")
+    def meeting(self) -> Callable[[], None]:
+        """A barrier for work that takes some ranks much longer than others: those of the strategy give up after minutes.
+
+        Made by all ranks before the work, and called after it.
+        """
+        if self.world == 1 or not distributed.is_initialized():
+            return lambda: None
+        group = distributed.new_group(backend="gloo", timeout=timedelta(days=365))
+        return lambda: distributed.monitored_barrier(group)
 
     def share(self, work: Sequence[Any]) -> Sequence[Any]:
         """This rank's part of the work: neighbours, of all ranks about as many, of the first ones one more."""

@@ -35,6 +35,6 @@ def select(store: GenerationStore, count: int, filters: SampleFilters | None, lo
     return FilterReport(report.kept[answered], report.total, report.dropped | silent)
 
 
-def token_counts(store: GenerationStore, numbers: NDArray[Any]) -> NDArray[np.int64]:
+def token_counts(store: GenerationStore, numbers: NDArray[Any]) -> list[int]:
     """How many tokens each of these samples has."""
-    return store.records["tokens"][np.searchsorted(store.records["index"], numbers)].astype(np.int64)
+    return store.records["tokens"][np.searchsorted(store.records["index"], numbers)].tolist()

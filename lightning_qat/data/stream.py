@@ -6,6 +6,7 @@ count. What is finished early waits.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Protocol
 
 from torch.utils.data import Dataset
@@ -116,9 +117,14 @@ class SampleStream:
             raise ValueError(f"teacher: its samples ended before sample {number}; a source must give every sample that it is asked for")
         return sample
 
+    def these(self, numbers: Sequence[int]) -> list[Sample]:
+        """The samples of these numbers."""
+        self._expected = iter(())
+        return list(islice(self.generation.samples(numbers), len(numbers)))
+
     def close(self) -> None:
         """Free the teacher."""
-        self._expected = self._samples = iter(())
+        self._expected, self._samples = iter(()), iter(())
         self.generation.close()
 
 

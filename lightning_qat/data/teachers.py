@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -82,12 +83,10 @@ class Recipe:
         return (model if dtype is None else cast_parameters(model, dtype)).to(device)
 
     def _fitting_rows(self, teacher: Any) -> int:
-        if isinstance(teacher, CallableTeacher):
-            kept = 4 * teacher.vocab_size  # all logits of all tokens, in fp32
-        else:
-            kept = cache_bytes(teacher.config, teacher.dtype)
-        kept += target_bytes(self.settings.logits, _vocab_size(teacher))
-        return default_rows(kept, self.settings.max_length, self.num_samples)
+        size = _vocab_size(teacher)
+        # A callable returns the logits of all tokens, in fp32.
+        used = 4 * size if isinstance(teacher, CallableTeacher) else cache_bytes(teacher.config, teacher.dtype)
+        return default_rows(used + target_bytes(self.settings.logits, size), self.settings.max_length, self.num_samples)
 
     def _script(self, teacher: Any, settings: GenerationSettings, prompts: list[list[int]] | None) -> Script:
         return build_script(
@@ -150,6 +149,13 @@ def own_names() -> Iterator[None]:
     except ValueError as error:
         text = re.sub(r"\bmode(?=[:=])", "generation", str(error))
         raise ValueError(re.sub(r"\blogits(?=[:=])", "teacher_logits", text)) from error
+
+
+def free_memory() -> None:
+    """Give back what nobody refers to any more: models hold cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _vocab_size(teacher: Any) -> int:

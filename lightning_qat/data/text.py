@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_qat.evaluation import pad_batch, read_documents, text_windows
@@ -27,7 +28,7 @@ def read_windows(tokenizer: Any, text: str, length: int, validation: str | None 
         validation: Another text, of which nothing may be trained on.
 
     Raises:
-        ValueError: There is no text, or the two have a document in common.
+        ValueError: There is too little text, or the two have a document in common.
     """
     documents = read_documents(text)
     if validation is not None and (common := set(documents) & set(read_documents(validation))):
@@ -35,7 +36,24 @@ def read_windows(tokenizer: Any, text: str, length: int, validation: str | None 
             f"text: {text!r} and validation={validation!r} have {len(common)} of {len(documents)} documents in common, "
             f"for example {next(iter(common))[:40]!r}; train on other text than is validated on"
         )
-    return text_windows(tokenizer, documents, length)
+    if not (windows := text_windows(tokenizer, documents, length)):
+        raise ValueError(f"text: {text!r} holds no document of two tokens or more")
+    return windows
+
+
+def shown_per_epoch(ratio: float, generated: int, tokens: int, rows: int) -> int:
+    """How many rows of text an epoch takes, so that text is a given share of its tokens.
+
+    Args:
+        ratio: The share.
+        generated: Tokens of generated samples in an epoch.
+        tokens: Tokens of text in all rows.
+        rows: How many rows of text there are.
+    """
+    shown = max(1, round(ratio / (1 - ratio) * generated * rows / tokens))
+    if shown > rows:
+        rank_zero_info(f"text: {rows:,} rows of text for {shown:,} places in an epoch, so each is shown {shown / rows:.1f} times per epoch")
+    return shown
 
 
 def text_identity(identity: dict[str, Any], windows: Sequence[Tensor], length: int) -> dict[str, Any]:
@@ -60,8 +78,8 @@ class TextTargets:
     def __init__(self, source: Any, windows: Sequence[Tensor]) -> None:
         if not isinstance(source, TeacherSource):
             raise ValueError(
-                f"teacher_logits: got {source.identity.get('logits')!r} with real text, which needs the teacher itself in this process, not "
-                f"a {type(source).__name__}; use engine='transformers', or teacher_logits=None with a teacher in DistillationModule"
+                f"teacher_logits: got {source.identity.get('logits')!r} with real text, which needs the teacher itself in this process, "
+                f"not a {type(source).__name__}; use engine='transformers', or teacher_logits=None with a teacher in DistillationModule"
             )
         self.source, self.windows, self.length = source, windows, source.settings.max_length
         self.vocab_size = source.vocab_size

@@ -14,12 +14,31 @@ from typing import Any
 import torch
 
 from lightning_qat.data.order import StreamPlan
-from lightning_qat.data.stream import GenerationHere, Request
+from lightning_qat.data.stream import GenerationHere, Request, SampleStream
 from lightning_qat.data.teachers import Recipe
 from lightning_qat.generation.sample import Sample
 
 _READY, _FAILED = 0, -1  # what a message is; samples carry the count of their request, from 1 on
 _PATIENCE = 1.0  # seconds between two looks whether the other process lives
+
+
+def open_stream(recipe: Recipe, plan: StreamPlan, buffer: int, device: torch.device, worker: str, private: bool) -> SampleStream:
+    """A stream of samples.
+
+    Args:
+        recipe: Builds the teacher.
+        plan: Which samples this rank trains on.
+        buffer: As in :func:`~lightning_qat.data.stream.in_order`.
+        device: Where the teacher computes.
+        worker: ``inline`` or ``process``.
+        private: Copy a teacher in memory.
+
+    Raises:
+        ValueError: The teacher cannot be built, or `buffer` is too small.
+    """
+    if worker == "process":
+        return SampleStream(plan, GenerationInProcess(recipe, device, plan, buffer))
+    return SampleStream(plan, GenerationHere(recipe.build(device, private), plan, buffer))
 
 
 class GenerationInProcess:

@@ -7,6 +7,7 @@ The first number is the writer's, the second counts its shards. Data is on disk 
 is whole, and what is behind the last record belongs to a write that was cut short.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,8 @@ class Shard:
 
     def read(self, record: Any) -> dict[str, NDArray[Any]] | str:
         """The arrays of a sample as views of the data file, or what is wrong with it; an OSError where nobody can tell."""
-        start, size = int(record["offset"]), int(self.layout.sizes(record))
+        arrays = [(*array, array[1].itemsize * math.prod(array[2])) for array in self.layout.arrays(record)]
+        start, size = int(record["offset"]), sum(aligned(length) for *_, length in arrays)
         # Touching mapped pages beyond the end of a file kills the process, so the file is asked each time.
         if (length := self._length()) is None or length < start + size:
             return "missing" if length is None else "cut off"
@@ -97,8 +99,7 @@ class Shard:
         if self.layout.crc(blob) != record["data_crc"]:
             return "damaged (its checksum differs)"
         views, place = {}, 0
-        for name, dtype, shape in self.layout.arrays(record):
-            length = dtype.itemsize * int(np.prod(shape))
+        for name, dtype, shape, length in arrays:
             views[name] = blob[place : place + length].view(dtype).reshape(shape)
             place += aligned(length)
         return views

@@ -75,6 +75,8 @@ class ShardWriter:
 
     def _resume(self) -> None:
         """Go on behind the last intact record of the last shard, or in a new shard if that one cannot take more."""
+        for torn in self.folder.glob(f"shard-{self.writer:03d}-*.part"):  # an index that was to be replaced in a run that was killed
+            torn.unlink()
         shards = [shard for shard in find_shards(self.folder, self.layout) if shard.writer == self.writer]
         if not shards:
             return

@@ -127,8 +127,8 @@ def collect(store: GenerationStore, *, tokenizer: Any = None, teacher: Any = Non
         raise ValueError(f"store: got no samples in {str(store.folder)!r}, expected at least one; `lightning-qat generate` writes some")
     if scored < 0:
         raise ValueError(f"scored: got {scored}, expected 0 or more samples to compare with the teacher")
-    records, read = store.records, _Reading(store)
     agreement, why = compare(store, teacher, scored=scored, never=_never(store.identity, tokenizer))
+    records, read = store.records, _Reading(store)
     nats, chosen = records["nll"].astype(np.float64), records["chosen"].astype(np.int64)
     perplexities = np.exp(np.minimum(nats[chosen > 0] / chosen[chosen > 0], 700))
     frequent = np.argsort(-read.counts, kind="stable")[:TOP]

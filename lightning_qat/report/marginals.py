@@ -14,6 +14,7 @@ from lightning_qat.generation.sample import FORCED, Sample
 from lightning_qat.generation.steppers import CallableTeacher
 from lightning_qat.generation.store import GenerationStore
 from lightning_qat.generation.targets import unpack_targets
+from lightning_qat.generation.teacher import check_causal_lm
 from lightning_qat.report.agreement import Agreement, FrequencyCounts
 
 _ROWS = 16  # samples in one forward pass, at most
@@ -103,7 +104,7 @@ def _runner(teacher: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """A function of (ids, mask) that gives logits."""
     if isinstance(teacher, CallableTeacher):
         return torch.no_grad()(lambda ids, mask: teacher.function(ids.to(teacher.device)).clone())
-    if teacher.training:
+    if check_causal_lm(teacher, "teacher").training:
         raise ValueError("teacher: got a model in training mode, expected eval mode, where nothing is dropped; call teacher.eval() first")
     device = next(teacher.parameters()).device
     return torch.no_grad()(lambda ids, mask: teacher(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits)

@@ -101,7 +101,8 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers between two positive ones, for a logarithmic axis."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    powers = range(first, last + 1, max(1, (last - first) // 8))
     for factors in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
         found = [round(factor * 10.0**power, 12) for power in powers for factor in factors if low <= factor * 10.0**power <= high]
         if len(found) >= 4:

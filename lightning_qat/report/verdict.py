@@ -16,7 +16,7 @@ def verdict(found: GenerationStatistics) -> str:
     sentences.append(f"{percent(1 - found.ended)} {reach}, {percent(found.ended)} end by themselves.")
     repeated = "None repeats itself" if found.repetitive == 0 else f"{percent(found.repetitive)} repeat themselves"
     twice = "none occurs twice" if found.duplicates == 0 else f"{amount(found.duplicates, 'exact duplicate')}"
-    sentences.append(f"{repeated} (more than half of its runs of four tokens occurred before), {twice}.")
+    sentences.append(f"{repeated} (more than half of the runs of four tokens occurred before), {twice}.")
     if found.perplexity is not None:
         sentences.append(f"The teacher's perplexity on its own samples is {number(found.perplexity)}.")
     return " ".join([*sentences, _agreement(found)])
@@ -52,7 +52,7 @@ def warnings(found: GenerationStatistics) -> list[str]:
         "samples, in the same dtype?": far and not otherwise,
         f"The samples were not drawn from the teacher's own distribution ({', '.join(otherwise)}), so their tokens have other "
         "frequencies. That is meant to be so.": far and bool(otherwise),
-        f"Of the {amount(found.requested, 'sample')} asked for, {amount(found.samples, 'sample')} are there. Short ones are finished "
-        "first, so until the others are there they are too many.": found.samples < found.requested,
+        f"{found.samples:,} of the {amount(found.requested, 'sample')} asked for are there. Short samples are finished first, so these "
+        "are shorter than all of them will be.": found.samples < found.requested,
     }
     return [*(text for text, wrong in checks.items() if wrong), *found.remarks]

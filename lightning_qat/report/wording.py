@@ -10,7 +10,8 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n
 
 def number(value: float) -> str:
     """Thousands with commas, fractions with three digits."""
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3g}"
+    is_long = 1000 <= abs(value) < 1e12
+    return f"{value:,.0f}" if is_long else f"{value:.3g}"
 
 
 def percent(share: float) -> str:

@@ -129,6 +129,7 @@ def test_a_kill_at_any_step_costs_at_most_the_group_in_flight(quick_path, whole)
         complete(folder, 6, shard_bytes=300)
         assert check(folder) == set(range(6))
         assert GenerationStore.existing(folder).digest(6) == whole[6]
+        assert not list(folder.glob("shard-*.part"))
     assert place > 20
     assert len(list(folder.glob("*.data"))) > 1
 

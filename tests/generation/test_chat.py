@@ -329,7 +329,7 @@ def test_the_identity_follows_the_template_and_the_ends():
             "other tokens around the same turn",
         ),
         (
-            "{% for message in messages %}<s>{{ message.content }}</s>{{ loop.index }}{% endfor %}",
+            "{% for message in messages %}<s>{{ message.content }}</s>{{ loop.index if loop.index0 % 2 }}{% endfor %}",
             None,
             "other tokens around the same turn",
         ),

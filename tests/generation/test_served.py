@@ -207,6 +207,23 @@ def test_an_end_token_that_the_server_leaves_out_is_put_back(server, stop_reason
     assert any(3 in sample.tokens.tolist() for sample in complete)
 
 
+def test_what_a_server_writes_behind_an_end_is_dropped(server):
+    def ramble(choice):
+        if choice["finish_reason"] == "stop":
+            choice |= {"token_ids": [*choice["token_ids"], 9, 9], "finish_reason": "length", "stop_reason": None}
+            for values in choice["logprobs"].values():
+                values += values[:1] * 2
+
+    def samples():
+        return by_index(served(server, settings=settings_of(mode="sample", logits=3), ends=range(2, 60)).samples(range(5)))
+
+    wanted = samples()
+    server.edits = [ramble]
+    for got, want in zip(samples(), wanted, strict=True):
+        assert (got.tokens.tolist(), got.nll, got.chosen) == (want.tokens.tolist(), want.nll, want.chosen)
+        assert torch.equal(got.targets, want.targets)
+
+
 @pytest.mark.parametrize("greedy", [(0, 0), (3, 3), (11, 11), (99, 99)])
 def test_without_an_end_samples_have_the_maximum_length(server, greedy):
     samples = list(served(server, settings=settings_of(greedy_tokens=greedy)).samples(range(3)))

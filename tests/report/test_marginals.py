@@ -1,5 +1,6 @@
 """Frequencies of tokens against the teacher's: sums over a Markov chain are done by hand."""
 
+import itertools
 import math
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_what_targets_do_not_name_is_one_more_token(tmp_path):
     found, _ = compare(markov_store(tmp_path, targets=3))
     observed, expected = np.zeros(13), np.zeros(13)
     for tokens in MARKOV.texts(40, 30):
-        for last, following in zip(tokens, tokens[1:], strict=False):
+        for last, following in itertools.pairwise(tokens):
             named = np.argsort(-MARKOV.probabilities[last])[:3]
             observed[following if following in named else 12] += 1
             expected[named] += MARKOV.probabilities[last][named]
@@ -174,7 +175,7 @@ def test_a_language_model_is_summed_sample_by_sample(tmp_path):
 def test_a_teacher_agrees_with_itself(tmp_path, mode):
     """End to end: what the engine wrote, scored by the model, and by the targets that the engine kept."""
     model, tokenizer = llama(), character_tokenizer()
-    source = TeacherSource(model, GenerationSettings(max_length=24, mode=mode, logits=96, rows=16), tokenizer)
+    source = TeacherSource(model, GenerationSettings(max_length=24, mode=mode, logits=97, rows=16), tokenizer)
     store = GenerationStore(tmp_path).open(source.identity, 48)
     with store.writing() as writer:
         writer.append(source.samples(range(48)))
@@ -182,7 +183,7 @@ def test_a_teacher_agrees_with_itself(tmp_path, mode):
     for found in (by_model, by_targets):
         assert found.agreement.positions == 48 * (23 if mode == "sample" else 18)
         assert not found.agreement.is_far
-        assert warnings(found) == []
+        assert all("hardly more likely than random" in text for text in warnings(found))  # true of random weights
     assert by_model.agreement.distance == pytest.approx(by_targets.agreement.distance, abs=1e-4)
     assert by_model.start.allowed == 95
     assert by_model.start.distinct == len({int(store.view(i)["tokens"][0]) for i in range(48)})
@@ -215,5 +216,7 @@ def test_teachers_that_cannot_be_meant(tmp_path):
         compare(store, llama())
     with pytest.raises(ValueError, match=r"teacher: got a model in training mode.*call teacher\.eval"):
         compare(store, llama(vocab_size=12).train())
+    with pytest.raises(ValueError, match="teacher: got a Linear, expected a causal language model"):
+        compare(store, torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="teacher: its logits are not finite in sample 0; try another dtype"):
         compare(store, CallableTeacher(lambda ids: MARKOV(ids) * math.nan, 12, "broken"))
