@@ -18,49 +18,13 @@ from transformers.utils import logging as transformers_logging
 from lightning_qat.cli.demo import demo
 from lightning_qat.cli.errors import CommandParser, brief
 from lightning_qat.cli.fit import run_trainer_command
-from lightning_qat.data import SyntheticDataModule
+from lightning_qat.cli.generate import generate, report
 from lightning_qat.distillation import DistillationModule
 from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_windows
 from lightning_qat.formats import export as export_model
 from lightning_qat.formats import load_quantized
 from lightning_qat.generation import load_causal_lm, load_tokenizer
 from lightning_qat.modules import cached_weights, insert_quantizers
-
-
-def generate(
-    teacher: str,
-    store: str,
-    num_samples: int = 64,
-    max_length: int = 128,
-    seed: int = 0,
-    greedy_tokens: tuple[int, int] = (3, 5),
-    rows: int = 64,
-    dtype: str = "float32",
-    show: int = 2,
-) -> None:
-    """Let a teacher write samples into a store; a store that holds some of them already is completed.
-
-    Args:
-        teacher: Folder, hub id, or tiny-teacher for the bundled one.
-        store: Folder for the generated tokens.
-        num_samples: How many samples the store shall hold.
-        max_length: Tokens per sample.
-        seed: Seed of the whole set.
-        greedy_tokens: Smallest and largest number of most-probable tokens after the random start token.
-        rows: Samples computed together.
-        dtype: float32, bfloat16 or float16.
-        show: How many samples to print.
-    """
-    data = SyntheticDataModule(
-        teacher, num_samples, max_length, seed=seed, store=store, val_samples=0, greedy_tokens=greedy_tokens, rows=rows, dtype=dtype
-    )
-    data.setup("fit")
-    assert data.train_dataset is not None
-    tokenizer, console = load_tokenizer(teacher), Console()
-    console.print(f"{len(data.train_dataset)} samples in {store}")
-    for i in range(min(show, len(data.train_dataset))):
-        console.rule(f"sample {i}")
-        console.print(tokenizer.decode(data.train_dataset[i]["input_ids"]), markup=False, highlight=False)
 
 
 def quantize(model: str, scheme: str, out: str, allow_partial: bool = False) -> None:
@@ -162,6 +126,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "evaluate": evaluate,
     "export": export,
+    "report": report,
     "demo": demo,
 }
 

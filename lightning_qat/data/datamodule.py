@@ -86,8 +86,6 @@ class SyntheticDataModule(pl.LightningDataModule):
         ValueError: At construction, for a setting that cannot work; in ``setup``, for a teacher, text or store that cannot.
     """
 
-    allow_zero_length_dataloader_with_multiple_devices = True  # of little that is missing, some ranks may have nothing to generate
-
     def __init__(
         self,
         teacher: str | nn.Module | CallableTeacher | SampleSource | None = None,
@@ -125,6 +123,7 @@ class SyntheticDataModule(pl.LightningDataModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # of little that is missing, some ranks may have nothing to write
         self.teacher, self.num_samples, self.max_length, self.batch_size, self.seed = teacher, num_samples, max_length, batch_size, seed
         self.folder, self.validation, self.tokenizer, self.num_workers = Path(store), validation, tokenizer, num_workers
         self.rows, self.dtype, self.mode, self.filters, self.text, self.text_ratio = rows, dtype, mode, filters, text, text_ratio
@@ -217,7 +216,7 @@ class SyntheticDataModule(pl.LightningDataModule):
         assert self.num_samples is not None
         assert self.max_length is not None
         source = self._recipe(self.rows or stored_rows(self.folder)).build(ranks.device)
-        work = fillings(source, self.folder, self.num_samples, windows, self.max_length)
+        work = fillings(source, self.folder, self.num_samples, windows, self.max_length, ranks)
         if ranks.rank == 0 and self.prepare_store is not None:
             self.prepare_store()
         if stage == "predict":

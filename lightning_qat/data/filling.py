@@ -52,12 +52,8 @@ class Filling:
         """Hold the store for writing; returns this rank's share of what rank 0 finds missing. A whole store is not held."""
         if not ranks.broadcast(self.store.missing(self.count)):
             return []
-        if ranks.rank == 0:
-            self._writer = self._held.enter_context(self.store.writing(0))
-        missing: list[int] = ranks.broadcast(self.store.missing(self.count))
-        if ranks.rank != 0:
-            self._writer = self._held.enter_context(self.store.writing(ranks.rank))
-        return ranks.share(missing)
+        self._writer = ranks.first_rank_0(lambda: self._held.enter_context(self.store.writing(ranks.rank)))
+        return ranks.share(ranks.broadcast(self.store.missing(self.count)))
 
     def write(self, numbers: Sequence[int], bar: "TokenBar") -> None:
         """Write samples; what is finished is on disk after every group, so an interrupted run loses little more than is under way."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from torch import distributed
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -24,6 +26,20 @@ class Ranks:
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value."""
         return value if self.trainer is None else self.trainer.strategy.broadcast(value)
+
+    def first_rank_0(self, work: Callable[[], T]) -> T:
+        """Work that every rank does, rank 0 before the others; where it fails there, it fails everywhere instead of letting others wait."""
+        if self.rank == 0:
+            try:
+                result = work()
+            except ValueError as error:
+                self.broadcast(error)
+                raise
+            self.broadcast(None)
+            return result
+        if (problem := self.broadcast(None)) is not None:
+            raise problem
+        return work()
 
     def meeting(self) -> Callable[[], None]:
         """A barrier for work that takes some ranks much longer than others: those of the strategy give up after minutes.

@@ -2,19 +2,23 @@
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lightning_qat.data.filling import Filling
+from lightning_qat.data.ranks import Ranks
 from lightning_qat.data.teachers import own_names
 from lightning_qat.data.text import FOLDER, TextTargets, text_identity
 from lightning_qat.generation import GenerationStore
 from lightning_qat.generation.sample import SampleSource
 
 
-def fillings(source: SampleSource, folder: Path, num_samples: int, windows: Sequence[Tensor], max_length: int) -> list[Filling]:
+def fillings(
+    source: SampleSource, folder: Path, num_samples: int, windows: Sequence[Tensor], max_length: int, ranks: Ranks
+) -> list[Filling]:
     """The store of generated samples, and that of the teacher's targets for real text where targets are kept.
 
     Args:
@@ -23,6 +27,7 @@ def fillings(source: SampleSource, folder: Path, num_samples: int, windows: Sequ
         num_samples: How many samples it shall hold.
         windows: Real text to train on.
         max_length: Most tokens of a sample and of a window.
+        ranks: This process among others.
 
     Raises:
         ValueError: A store is damaged or holds something else, or the source cannot score text.
@@ -33,7 +38,7 @@ def fillings(source: SampleSource, folder: Path, num_samples: int, windows: Sequ
     found = []
     for writer, place, count, title in work:
         with own_names():
-            store = GenerationStore(place).open(writer.identity, count)
+            store = ranks.first_rank_0(partial(GenerationStore(place).open, writer.identity, count))
         _refuse_damage(store)
         found.append(Filling(writer, store, count, max_length, title))
     return found

@@ -20,11 +20,12 @@ from rich.table import Table
 import lightning_qat
 from lightning_qat.cli.demo.plots import plot_loss, plot_perplexity
 from lightning_qat.cli.fit import run_trainer_command
-from lightning_qat.data import SyntheticDataModule
+from lightning_qat.data import GenerationStore, SyntheticDataModule
 from lightning_qat.evaluation import HELD_OUT, TextScore, read_documents, score_text, text_windows
 from lightning_qat.formats import export
 from lightning_qat.generation import TINY_TEACHER, load_causal_lm, load_tokenizer
 from lightning_qat.modules import insert_quantizers
+from lightning_qat.report import write_generation_report
 from lightning_qat.scheme import QuantScheme
 
 SCHEMES = ("w4a8kv4", "w2a8kv4")
@@ -122,9 +123,10 @@ class Demo:
         with self.watch("generate"):
             data = run_trainer_command([*self.fit, "--trainer.logger=false"], run=False).datamodule
             data.setup("fit")
-        samples = [dataset[i]["input_ids"] for dataset in (data.train_dataset, data.val_dataset) for i in range(len(dataset))]
-        self.console.print(self.tokenizer.decode(samples[0][:80]), markup=False, highlight=False, style="dim")
-        return sum(len(sample) for sample in samples)
+        store = GenerationStore.existing(data.folder)
+        self.console.print(self.tokenizer.decode(store.read(0).tokens[:80]), markup=False, highlight=False, style="dim")
+        write_generation_report(store, self.folder / "generations.html", tokenizer=self.tokenizer, teacher=load_causal_lm(TINY_TEACHER))
+        return int(store.records["tokens"][: data.num_samples].sum())
 
     def score_teacher(self) -> None:
         """Full precision on the text."""
