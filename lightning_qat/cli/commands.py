@@ -1,5 +1,6 @@
 """The commands besides those of the Trainer, each a function whose arguments are its options."""
 
+import inspect
 import json
 import os
 import sys
@@ -102,9 +103,11 @@ def _load_checkpoint(path: str) -> DistillationModule:
         raise ValueError(f"checkpoint: no file at {path!r}")
     try:
         return DistillationModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and not str(error).startswith("student: needed"):
+            raise
         raise ValueError(
-            f"checkpoint: {path!r} does not name its teacher, which was a model in memory; load it in Python with "
+            f"checkpoint: {path!r} names neither its teacher nor its student, which were models in memory; load it in Python with "
             "DistillationModule.load_from_checkpoint(path, teacher=model)"
         ) from error
     except (RuntimeError, KeyError, UnpicklingError) as error:
@@ -115,7 +118,7 @@ def _load_any(model: str) -> tuple[Any, Any]:
     """(model, tokenizer) of whatever the user named."""
     if model.endswith(".ckpt"):
         module = _load_checkpoint(model)
-        return module.student, load_tokenizer(module.hparams["teacher"])
+        return module.student, load_tokenizer(module.hparams["teacher"] or module.hparams["student"])
     if (Path(model) / "manifest.json").is_file():
         return load_quantized(model), load_tokenizer(model)
     return load_causal_lm(model), load_tokenizer(model)
@@ -131,6 +134,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+def _with_switches(function: Callable[..., None], args: Sequence[str]) -> list[str]:
+    """``--resume`` means ``--resume true`` where that is an option of type bool."""
+    switches = {f"--{name}" for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is bool}
+    following = [*args[1:], "--"]
+    return [part for arg, after in zip(args, following, strict=True) for part in ([arg, "true"] if _bare(arg, after, switches) else [arg])]
+
+
+def _bare(arg: str, after: str, switches: set[str]) -> bool:
+    return arg in switches and after.startswith("-")
+
+
 def run(command: str, args: Sequence[str]) -> int:
     """Run one command; a user's mistake becomes one message and exit status 2.
 
@@ -141,7 +155,7 @@ def run(command: str, args: Sequence[str]) -> int:
     try:
         if command in COMMANDS:
             prog = f"lightning-qat {command}"
-            jsonargparse.auto_cli(COMMANDS[command], args=list(args), as_positional=False, parser_class=CommandParser, prog=prog)
+            jsonargparse.auto_cli(COMMANDS[command], args=_with_switches(COMMANDS[command], args), as_positional=False, parser_class=CommandParser, prog=prog)
         else:
             run_trainer_command([command, *args])
     except (ValueError, MisconfigurationException) as error:

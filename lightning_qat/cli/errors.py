@@ -14,8 +14,23 @@ from lightning_qat.registry import did_you_mean
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class", "Given value", "- Problem with given", "usage:", "tip:")
 
 
+_UNION = re.compile(r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes\s+Subtypes: \[(.*)\]\n(?s:.*)Given value: (.*)')
+_PLAIN = re.compile(r"<class '(\w+)'>|typing\.Literal\[([^\]]*)\]")
+
+
+def _one_of_several(message: str) -> str | None:
+    """A value that is of none of the plain types that an option takes."""
+    found = _UNION.search(message)
+    if found is None or _PLAIN.sub("", found[2]).strip(" ,|"):
+        return None
+    names = [name.replace("NoneType", "null") or literal for name, literal in _PLAIN.findall(found[2])]
+    return f"{found[1]}: got {found[3].strip()!r}, expected {' or '.join(names)}"
+
+
 def brief(message: str) -> str:
     """The lines of a jsonargparse error that say something, with what would have been accepted."""
+    if (plain := _one_of_several(message)) is not None:
+        return plain
     lines = [line.strip() for line in message.splitlines()]
     useful = [line.removeprefix("- ") for line in lines if line and not line.startswith(_NOISE)]
     text = "\n  ".join(useful or lines)

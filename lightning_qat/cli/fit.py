@@ -40,9 +40,15 @@ class QATCli(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The callback's arguments, and one teacher for model and data."""
+        """The callback's arguments."""
         parser.add_lightning_class_args(QuantizationCallback, "quantization")
-        parser.link_arguments("model.init_args.teacher", "data.init_args.teacher")
+
+    def before_instantiate_classes(self) -> None:
+        """The teacher is named once, with the model, unless the data names its own: a student may train without one in memory."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        model, data = config.get("model.init_args"), config.get("data.init_args")
+        if model is not None and data is not None and "teacher" in data and data.teacher is None:
+            data.teacher = model.get("teacher")
 
 
 def run_trainer_command(args: Sequence[str], run: bool = True) -> QATCli:

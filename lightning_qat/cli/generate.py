@@ -1,7 +1,9 @@
 """`lightning-qat generate` and `lightning-qat report`: the teacher's samples as a tool of its own."""
 
 import json
+import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,8 @@ def _resumed(store: str, given: dict[str, Any]) -> dict[str, Any]:
 def _fill(store: str, arguments: dict[str, Any]) -> None:
     machine = {name: arguments[name] for name in ("accelerator", "devices", "strategy")}
     settings = {name: value for name, value in arguments.items() if name not in machine}
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which accelerators this machine lacks is of no interest here
+    warnings.filterwarnings("ignore", message="Total length of `Chunks`")  # a store that is complete already
     data = SyntheticDataModule(store=store, val_samples=0, **settings)
     trainer = pl.Trainer(**machine, logger=False, enable_checkpointing=False, enable_model_summary=False)
     path = Path(store) / ARGUMENTS

@@ -124,7 +124,11 @@ class SyntheticDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # of little that is missing, some ranks may have nothing to write
-        self.teacher, self.num_samples, self.max_length, self.batch_size, self.seed = teacher, num_samples, max_length, batch_size, seed
+        # The three that are Any are numbers from setup on.
+        self.num_samples: Any = num_samples
+        self.max_length: Any = max_length
+        self.val_samples: Any = val_samples if val_samples is not None or num_samples is None else _one_in_twenty(num_samples)
+        self.teacher, self.batch_size, self.seed = teacher, batch_size, seed
         self.folder, self.validation, self.tokenizer, self.num_workers = Path(store), validation, tokenizer, num_workers
         self.rows, self.dtype, self.mode, self.filters, self.text, self.text_ratio = rows, dtype, mode, filters, text, text_ratio
         self.packing, self.loss_on, self.engine, self.compile = packing, loss_on, engine, compile
@@ -143,7 +147,6 @@ class SyntheticDataModule(pl.LightningDataModule):
                 logits=teacher_logits,
                 **({} if rows is None else {"rows": rows}),
             )
-        self.val_samples = val_samples if val_samples is not None or num_samples is None else _one_in_twenty(num_samples)
         check_arguments(self)
         self.vocab_size: int | None = None
         self.filter_report: FilterReport | None = None
@@ -169,7 +172,7 @@ class SyntheticDataModule(pl.LightningDataModule):
         if self.mode == "stream":
             self._set_up_stream(ranks, stage)
         elif store is not None:
-            self._read([store, *existing_targets(store, windows, self.text, self.max_length or 0)], windows)
+            self._read([store, *existing_targets(store, windows, self.text, self.max_length)], windows)
         else:
             self._fill(ranks, windows, stage)
 
@@ -181,7 +184,6 @@ class SyntheticDataModule(pl.LightningDataModule):
             self.max_length = source.identity.get("max_length", self.max_length)
         if store is not None and self.num_samples is None:
             self.num_samples = store.requested
-        assert self.num_samples is not None
         self.val_samples = _one_in_twenty(self.num_samples) if self.val_samples is None else self.val_samples
         check_split(self.num_samples, self.val_samples)
         count, what = (self.num_samples - self.val_samples, "training samples") if self.mode == "stream" else (self.num_samples, "samples")
@@ -201,20 +203,16 @@ class SyntheticDataModule(pl.LightningDataModule):
 
     def _read_texts(self) -> list[Tensor]:
         """Windows of real text to train on; those to validate on are kept."""
-        assert self.max_length is not None
         if self.validation is not None:
             self.text_dataset = TextWindows(text_windows(self.tokenizer, read_documents(self.validation), self.max_length))
         return [] if self.text is None else read_windows(self.tokenizer, self.text, self.max_length, self.validation)
 
     def _recipe(self, rows: int | None) -> Recipe:
-        assert self.num_samples is not None
         same = {name: getattr(self, name) for name in ("teacher", "settings", "tokenizer", "dtype", "engine", "prompts", "bos", "system")}
         return Recipe(**same, num_samples=self.num_samples, rows=rows, compiled=self.compile)
 
     def _fill(self, ranks: Ranks, windows: list[Tensor], stage: str | None) -> None:
         """Write what the store lacks."""
-        assert self.num_samples is not None
-        assert self.max_length is not None
         source = self._recipe(self.rows or stored_rows(self.folder)).build(ranks.device)
         work = fillings(source, self.folder, self.num_samples, windows, self.max_length, ranks)
         if ranks.rank == 0 and self.prepare_store is not None:
@@ -231,8 +229,6 @@ class SyntheticDataModule(pl.LightningDataModule):
 
     def _read(self, stores: list[GenerationStore], windows: list[Tensor]) -> None:
         """Make datasets of stores that are complete: generated samples, then the targets of text if there are any."""
-        assert self.num_samples is not None
-        assert self.val_samples is not None
         store = stores[0]
         report = select(store, self.num_samples, self.filters, self.loss_on)
         if self.filters is not None or self.loss_on != "all":
@@ -253,11 +249,9 @@ class SyntheticDataModule(pl.LightningDataModule):
         self.train_dataset = train
 
     def _in_rows(self, samples: Any, lengths: list[int], what: str) -> Any:
-        return in_rows(samples, lengths, self.max_length or 0, what) if self.packing else samples
+        return in_rows(samples, lengths, self.max_length, what) if self.packing else samples
 
     def _set_up_stream(self, ranks: Ranks, stage: str | None) -> None:
-        assert self.num_samples is not None
-        assert self.val_samples is not None
         plan = StreamPlan(self.num_samples - self.val_samples, self.val_samples, ranks.world, ranks.rank)
         device = torch.device(self.stream_device or ranks.device)
         # The Trainer may move, cast or shard what it trains with.
@@ -283,12 +277,12 @@ class SyntheticDataModule(pl.LightningDataModule):
 
     def _close(self) -> None:
         if self._stream is not None:
-            self._stream.close()
-            self._stream = self.train_dataset = None
-        if self.chunks is not None:
-            self.chunks.close()
-            self.chunks = None
-        free_memory()
+            self.train_dataset = None  # reads from the stream
+        for holder in (self._stream, self.chunks):
+            if holder is not None:
+                holder.close()
+                free_memory()
+        self._stream = self.chunks = None
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Batches in an order that depends on `seed` and the epoch; a resumed epoch goes on where it was left."""

@@ -13,7 +13,7 @@ from lightning_qat.generation.randomness import uniform
 from lightning_qat.generation.sample import FORCED, Sample
 from lightning_qat.generation.scripts import Script, Span
 from lightning_qat.generation.settings import GenerationSettings
-from lightning_qat.generation.targets import RANGE, _layout
+from lightning_qat.generation.targets import pack_targets
 
 _SEEDS = 1 << 40  # draws from here on seed requests: far from those that lay out a sample
 _MODEL_DEFAULTS_OFF = {"min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
@@ -202,7 +202,5 @@ def _packed(rows: list[dict[int, float]], width: int, vocab_size: int) -> tuple[
     if short := [len(row) for row in best if len(row) < width]:
         raise ValueError(f"logits: got {short[0]} log-probabilities, expected {width}; start the server with --max-logprobs {width}")
     table = torch.tensor(best, dtype=torch.float64)  # holds ids exactly, too
-    ids, logprobs = table[..., 0].int(), table[..., 1]
-    id_bits, codes = _layout(vocab_size)
-    words = (logprobs * (-codes / RANGE)).clamp(0, codes).round().int() << id_bits | ids
-    return words, (1 - logprobs.exp().sum(-1)).clamp(min=0).float()
+    ids, logprobs = table[..., 0].long(), table[..., 1]
+    return pack_targets(ids, logprobs.float(), vocab_size), (1 - logprobs.exp().sum(-1)).clamp(min=0).float()
