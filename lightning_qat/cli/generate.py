@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from lightning_qat.data import GenerationModule, GenerationStore, SyntheticDataModule
@@ -82,13 +82,18 @@ def generate(
     if arguments["teacher"] is None:
         raise ValueError("teacher: got none, expected a folder, a hub id, or tiny-teacher; only --resume knows it from the store")
     _fill(store, arguments)
-    if rank_zero_only.rank == 0:
+    if _first():
         _after(GenerationStore.existing(store), arguments["teacher"], jsonl, report, show)
+
+
+def _first() -> bool:
+    """Whether this is the process that speaks for all."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _resumed(store: str, given: dict[str, Any]) -> dict[str, Any]:
     """Repair the store; returns the arguments it was started with."""
-    if rank_zero_only.rank == 0:
+    if _first():
         for done in GenerationStore.existing(store).repair():
             Console().print(done, markup=False, highlight=False)
     path = Path(store) / ARGUMENTS
@@ -135,7 +140,9 @@ def _after(store: GenerationStore, teacher: str, jsonl: str | None, page: str | 
         report(str(store.folder), page, teacher)
 
 
-def report(store: str, out: str = "report.html", teacher: str | None = None, shown: int = 6, scored: int = 64) -> None:
+def report(
+    store: str, out: str = "report.html", teacher: str | None = None, tokenizer: str | None = None, shown: int = 6, scored: int = 64
+) -> None:
     """Write a page of statistics about generated samples.
 
     Args:
@@ -143,12 +150,14 @@ def report(store: str, out: str = "report.html", teacher: str | None = None, sho
         out: HTML file to write.
         teacher: Compare with the token frequencies of this teacher: folder, hub id, or tiny-teacher; left out: with the probabilities
             kept in the store, if there are any.
+        tokenizer: Folder or hub id of the tokenizer that shows samples as text; left out: the teacher's.
         shown: How many samples to show.
         scored: How many samples the teacher reads.
     """
-    tokenizer = None if teacher is None else load_tokenizer(teacher)
-    model = None if teacher is None else load_causal_lm(teacher)
-    statistics = write_generation_report(
-        GenerationStore.existing(store), Path(out), tokenizer=tokenizer, teacher=model, shown=shown, scored=scored
-    )
+    there = GenerationStore.existing(store)
+    known = tokenizer or teacher
+    # In the dtype of the samples: in another one it would be another teacher.
+    model = None if teacher is None else load_causal_lm(teacher, there.identity.get("dtype", "auto"))
+    text = None if known is None else load_tokenizer(known)
+    statistics = write_generation_report(there, Path(out), tokenizer=text, teacher=model, shown=shown, scored=scored)
     Console().print(f"{statistics.samples:,} samples; written to {out}")

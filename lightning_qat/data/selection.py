@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from numpy.lib.recfunctions import rename_fields
 from numpy.typing import NDArray
 
 from lightning_qat.data.datasets import LossOn
@@ -25,7 +24,7 @@ def select(store: GenerationStore, count: int, filters: SampleFilters | None, lo
         ValueError: Nothing is left.
     """
     records = store.records[store.records["index"] < count]
-    report = (filters or SampleFilters()).apply(rename_fields(records, {"index": "sample"}))
+    report = (filters or SampleFilters()).apply(records)
     if loss_on == "all":
         return report
     answered = np.array([bool((store.view(int(number))["roles"][1:] == ASSISTANT).any()) for number in report.kept])

@@ -67,7 +67,7 @@ class SampleFilters:
         """Choose samples; one that several filters would drop counts for the first of them.
 
         Args:
-            records: One per sample, sorted by ``sample``, with the fields ``sample``, ``tokens`` (their number), ``repetition``
+            records: One per sample, sorted by ``index``, with the fields ``index`` (its number), ``tokens`` (their number), ``repetition``
                 (:func:`repetition`) and ``hash`` (of the tokens).
 
         Raises:
@@ -83,7 +83,7 @@ class SampleFilters:
         if self.drop_duplicates:
             before, kept = len(kept), kept[np.sort(np.unique(kept["hash"], return_index=True)[1])]
             dropped["duplicates" if before - len(kept) > 1 else "duplicate"] = before - len(kept)
-        report = FilterReport(kept["sample"], len(records), {reason: count for reason, count in dropped.items() if count})
+        report = FilterReport(kept["index"], len(records), {reason: count for reason, count in dropped.items() if count})
         if len(kept) == 0:
             raise ValueError(f"filters: {report}; expected some to be left; loosen min_length or max_repetition, or look at the samples")
         return report

@@ -23,13 +23,13 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def uniform(seed: int, index: Tensor, position: int) -> Tensor:
+def uniform(seed: int, index: Tensor, position: int | Tensor) -> Tensor:
     """Numbers in [0, 1).
 
     Args:
         seed: Seed of the whole set.
         index: Sample indices, int64, any shape.
-        position: Which draw of the sample.
+        position: Which draw of the sample; a tensor for another one of each sample.
 
     Returns:
         float64, shape of `index`.

@@ -113,12 +113,11 @@ class SlotLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             shape = (slots.blocks, slots.rows, key_states.shape[1], BLOCK)
             # Zeros: what was never written must be finite, since a weight of 0 times NaN is NaN.
-            self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
-            self.values = value_states.new_zeros(*shape, value_states.shape[-1])
-        block, offset = slots.positions // BLOCK, slots.positions % BLOCK
-        self.keys[block, slots.row, :, offset] = key_states[:, :, 0]
-        self.values[block, slots.row, :, offset] = value_states[:, :, 0]
-        return self.keys[: slots.active].flatten(1, 2), self.values[: slots.active].flatten(1, 2)
+            self.stored = (key_states.new_zeros(*shape, key_states.shape[-1]), value_states.new_zeros(*shape, value_states.shape[-1]))
+        (keys, values), block, offset = self.stored, slots.positions // BLOCK, slots.positions % BLOCK
+        keys[block, slots.row, :, offset] = key_states[:, :, 0]
+        values[block, slots.row, :, offset] = value_states[:, :, 0]
+        return keys[: slots.active].flatten(1, 2), values[: slots.active].flatten(1, 2)
 
     def get_seq_length(self) -> int:
         """0: positions are given to the model explicitly."""

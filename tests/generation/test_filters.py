@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_qat.generation.filters import FilterReport, SampleFilters, repetition
 
-FIELDS = [("sample", "u8"), ("tokens", "u4"), ("repetition", "f4"), ("hash", "u8")]
+FIELDS = [("index", "u8"), ("tokens", "u4"), ("repetition", "f4"), ("hash", "u8")]
 
 
 def records(*rows):
@@ -85,7 +85,7 @@ def test_a_dropped_sample_is_no_original_and_counts_once():
 
 def test_numbers_of_samples_are_kept_as_they_are():
     rows = records((9, 0, 1), (1, 0, 2), (9, 0, 3))
-    rows["sample"] = [5, 2**40, 2**63]
+    rows["index"] = [5, 2**40, 2**63]
     assert SampleFilters(min_length=2).apply(rows).kept.tolist() == [5, 2**63]
 
 
