@@ -12,8 +12,7 @@ from lightning_qat.data.datasets import Item, PackedRows
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put samples into as few rows as can be found quickly: the longest first, each where it leaves least room (best fit decreasing).
 
-    Never more than 11/9 of the fewest possible rows and one; in practice the last few rows are not full. The result depends on the
-    arguments only.
+    At worst about 11/9 of the fewest possible rows; usually all but the last few are full. The result depends on the arguments only.
 
     Args:
         lengths: Tokens of each sample, 1 to `capacity`.
