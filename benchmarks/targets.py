@@ -27,7 +27,7 @@ import lightning_qat
 from benchmarks import report
 from lightning_qat import DistillationModule, QuantizationCallback, SyntheticDataModule
 from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_windows
-from lightning_qat.generation import TINY_TEACHER, load_tokenizer
+from lightning_qat.generation import TINY_TEACHER, load_causal_lm, load_tokenizer
 
 SCHEME, LENGTH, BATCH, STEPS, SAMPLES, VAL = "w4a8kv4", 256, 8, 240, 2048, 64
 LIVE = "live teacher"
@@ -39,7 +39,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "kept, full logits": {"teacher": None, "teacher_logits": "full"},
     "live teacher, checkpointing": {"checkpointing": True},
     "kept, k = 32, checkpointing": {"teacher": None, "teacher_logits": 32, "checkpointing": True},
-    "live teacher, packing": {"packing": True},
+    "short samples, 32 in a batch": {"short": True, "batch_size": 32},
+    "short samples, packed into 8 rows": {"short": True, "packing": True},
     "live teacher, mix with real text": {"mode": "mix", "text_ratio": 0.5},
     "live teacher, real text only": {"mode": "mix", "text_ratio": 0.98},
     "stream, k = 32": {"mode": "stream", "teacher_logits": 32, "live": False},
@@ -63,8 +64,10 @@ def run(name: str, folder: Path, quick: bool) -> dict[str, Any]:
     """One training run in this process."""
     options = dict(RUNS[name])
     steps, samples, length = (6, 64, 32) if quick else (STEPS, SAMPLES, LENGTH)
-    checkpointing, live = options.pop("checkpointing", False), options.pop("live", True)
-    teacher = options.pop("teacher", TINY_TEACHER)
+    checkpointing, live, short = options.pop("checkpointing", False), options.pop("live", True), options.pop("short", False)
+    teacher: Any = options.pop("teacher", TINY_TEACHER)
+    if short:
+        teacher = short_winded()
     pl.seed_everything(0, verbose=False)
     module = DistillationModule(
         teacher if live else None,
@@ -77,12 +80,12 @@ def run(name: str, folder: Path, quick: bool) -> dict[str, Any]:
     )
     if options.get("mode") == "mix":
         options["text"] = str(folder / "text.jsonl")
-    store = folder / f"gen-{options.get('teacher_logits', 'plain')}"
+    store = folder / (f"gen-{options.get('teacher_logits', 'plain')}" if not short else "gen-short")
     data = SyntheticDataModule(
         teacher,
-        samples,
+        samples * (8 if short else 1),
         length,
-        BATCH,
+        options.pop("batch_size", BATCH),
         store=store,
         val_samples=VAL if not quick else 8,
         rows=256 if not quick else 8,
@@ -116,6 +119,13 @@ def run(name: str, folder: Path, quick: bool) -> dict[str, Any]:
     }
 
 
+def short_winded() -> Any:
+    """The bundled teacher with many end tokens: short samples, of which several fit into a row."""
+    model = load_causal_lm(TINY_TEACHER)
+    model.generation_config.eos_token_id = model.config.eos_token_id = list(range(6, 2000, 40))
+    return model
+
+
 def write_stores(folder: Path, quick: bool) -> None:
     """What the runs read, before any of them is timed."""
     samples, length = (64, 32) if quick else (SAMPLES, LENGTH)
@@ -131,6 +141,15 @@ def write_stores(folder: Path, quick: bool) -> None:
             val_samples=VAL if not quick else 8,
         )
         data.setup("fit")
+    SyntheticDataModule(
+        short_winded(),
+        samples * 8,
+        length,
+        store=folder / "gen-short",
+        rows=256 if not quick else 8,
+        dtype="float32",
+        tokenizer=TINY_TEACHER,
+    ).setup("fit")
     # Real text to train on: modules of this Python's standard library, except those that are scored.
     scored = {json.loads(line)["name"] for line in HELD_OUT_FILE.read_text("utf-8").splitlines()}
     root = Path(json.__file__).parent.parent
@@ -150,9 +169,11 @@ def page(result: dict[str, Any]) -> Iterator[str]:
     yield "held-out text; step: median seconds, and the ratio to the live teacher (with checkpointing: to the one with checkpointing).\n"
     yield "| run | perplexity | to live | step, s | to live | peak memory, MB |\n|---|---|---|---|---|---|"
     for row in result["rows"]:
-        base = live.get("live teacher, checkpointing" if "checkpointing" in row["run"] else LIVE, row)
+        # Shorter samples are other samples: their base is the run without packing.
+        same = "short samples, 32 in a batch" if row["run"].startswith("short") else LIVE
+        base = live.get("live teacher, checkpointing" if "checkpointing" in row["run"] else same, row)
         yield (
-            f"| {row['run']} | {row['perplexity']:.3f} | {row['perplexity'] / live[LIVE]['perplexity']:.4f} | {row['step_seconds']:.3f} | "
+            f"| {row['run']} | {row['perplexity']:.3f} | {row['perplexity'] / live[same]['perplexity']:.4f} | {row['step_seconds']:.3f} | "
             f"{row['step_seconds'] / base['step_seconds']:.3f} | {row['peak_bytes'] / 1e6:,.0f} |"
         )
 

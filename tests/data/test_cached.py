@@ -1,9 +1,10 @@
 """Training from a store alone: no teacher is named, none is loaded."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from models import VOCABULARY, character_tokenizer, llama
-from synthetic import TEXT, chat_tokenizer, fit, module, ready, rows_of, samples
+from synthetic import QUIET, TEXT, chat_tokenizer, fit, module, ready, rows_of, samples
 
 from lightning_qat import DistillationModule, QuantizationCallback
 from lightning_qat.data import teachers
@@ -97,9 +98,6 @@ def test_real_text_beside(shared, tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"packing": True, "max_length": None}], ids=str)
 def test_a_student_learns_from_the_store_alone(changes, shared, tmp_path):
-    import lightning.pytorch as pl
-    from synthetic import QUIET
-
     module = DistillationModule(student=llama(attn_implementation="sdpa"), optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
     options = QUIET | {"max_steps": 12, "num_sanity_val_steps": 1, "enable_checkpointing": False}
     trainer = pl.Trainer(accelerator="cpu", devices=1, callbacks=[QuantizationCallback("w4a8kv4")], **options)

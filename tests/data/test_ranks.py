@@ -64,7 +64,7 @@ def test_shares_are_neighbours_and_about_equal(count, world):
         ranks = Ranks()
         ranks.rank, ranks.world = rank, world
         shares.append(list(ranks.share(range(count))))
-    assert sum(shares, []) == list(range(count))
+    assert [number for share in shares for number in share] == list(range(count))
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
@@ -115,11 +115,8 @@ def test_fewer_samples_than_processes_are_refused(tmp_path):
 
 
 def test_an_error_of_rank_0_is_everybodys(shared, tmp_path):
-    start = time.monotonic()
-    with (
-        pytest.raises(Exception, match="store: another process writes to"),
-        GenerationStore(tmp_path).open(shared.train_dataset.store.identity, 21).writing(),
-    ):
+    store, start = GenerationStore(tmp_path).open(shared.train_dataset.store.identity, 21), time.monotonic()
+    with store.writing(), pytest.raises(Exception, match="store: another process writes to"):
         trainer().fit(Reader(), datamodule=module(tmp_path))
     assert time.monotonic() - start < 60
 

@@ -15,13 +15,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from models import VOCABULARY, llama
+from models import VOCABULARY
 from synthetic import QUIET, Reader, fit, ids, module, ready, samples, teacher
 
 from lightning_qat.data import teachers
 from lightning_qat.data.order import StreamOrder, StreamPlan
 from lightning_qat.data.stream import GenerationHere, SampleStream, in_order
-from lightning_qat.generation import CallableTeacher, GenerationSettings, Sample, TeacherSource
+from lightning_qat.generation import CallableTeacher, Sample
 
 
 @pytest.fixture(scope="module")
@@ -300,8 +300,7 @@ def test_a_killed_process_is_noticed(forked):
     data.train_dataset[0]
     os.kill(children()[0].pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match=r"the process that generates has ended with exit code -9"):
-        for number in range(1, 4000):
-            data.train_dataset[number]
+        list(map(data.train_dataset.__getitem__, range(1, 4000)))
 
 
 def test_a_teacher_that_cannot_be_sent_is_refused():
