@@ -29,7 +29,7 @@ from lightning_qat import DistillationModule, QuantizationCallback, SyntheticDat
 from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_windows
 from lightning_qat.generation import TINY_TEACHER, load_causal_lm, load_tokenizer
 
-SCHEME, LENGTH, BATCH, STEPS, SAMPLES, VAL = "w4a8kv4", 256, 8, 240, 2048, 64
+SCHEME, LENGTH, BATCH, STEPS, SAMPLES, VAL = "w4a8kv4", 256, 8, 120, 1024, 64
 LIVE = "live teacher"
 HELD_OUT_FILE = Path(lightning_qat.__file__).parent / "assets" / "held_out" / "text.jsonl"
 RUNS: dict[str, dict[str, Any]] = {
