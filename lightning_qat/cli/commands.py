@@ -155,7 +155,9 @@ def run(command: str, args: Sequence[str]) -> int:
     try:
         if command in COMMANDS:
             prog = f"lightning-qat {command}"
-            jsonargparse.auto_cli(COMMANDS[command], args=_with_switches(COMMANDS[command], args), as_positional=False, parser_class=CommandParser, prog=prog)
+            jsonargparse.auto_cli(
+                COMMANDS[command], args=_with_switches(COMMANDS[command], args), as_positional=False, parser_class=CommandParser, prog=prog
+            )
         else:
             run_trainer_command([command, *args])
     except (ValueError, MisconfigurationException) as error:

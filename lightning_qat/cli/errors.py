@@ -14,7 +14,9 @@ from lightning_qat.registry import did_you_mean
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class", "Given value", "- Problem with given", "usage:", "tip:")
 
 
-_UNION = re.compile(r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes\s+Subtypes: \[(.*)\]\n(?s:.*)Given value: (.*)')
+_UNION = re.compile(
+    r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes\s+Subtypes: \[(.*)\]\n(?s:.*)Given value: (.*)'
+)
 _PLAIN = re.compile(r"<class '(\w+)'>|typing\.Literal\[([^\]]*)\]")
 
 

@@ -11,7 +11,7 @@ from lightning_qat.data.ranks import Ranks
 from lightning_qat.data.teachers import samples_of
 from lightning_qat.generation import GenerationStore, TeacherSource
 from lightning_qat.generation.sample import Sample, SampleSource
-from lightning_qat.generation.writer import ShardWriter
+from lightning_qat.generation.store.writer import ShardWriter
 
 
 class Filling:

@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lightning_qat.data.rows import cache_bytes, default_rows, target_bytes
 from lightning_qat.generation import CallableTeacher, GenerationSettings, TeacherSource, cast_parameters, check_causal_lm, load_causal_lm
-from lightning_qat.generation.prompts import read_prompts
 from lightning_qat.generation.sample import Sample, SampleSource
 from lightning_qat.generation.scripts import Script, build_script, resolve_bos
+from lightning_qat.generation.scripts.prompts import read_prompts
 from lightning_qat.generation.served import ServedTeacher
+from lightning_qat.generation.served.offline import OfflineVLLM
 from lightning_qat.generation.teacher import end_tokens, resolve, start_tokens
-from lightning_qat.generation.vllm_offline import OfflineVLLM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ a row computes does not depend on the other rows (see `slots.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +91,7 @@ class Rows:
     def step(self) -> list[int]:
         """Write one more token in every row; returns the rows that are finished."""
         settings, row, alive = self.settings, self.row, self.index >= 0
-        logits = self.stepper.step(self.tokens[row, self.position], self.position, max(self.lengths + [1]))
+        logits = self.stepper.step(self.tokens[row, self.position], self.position, max([*self.lengths, 1]))
         if logits.shape[-1] != self.vocab_size:
             raise ValueError(f"teacher: gives {logits.shape[-1]} logits, its vocabulary has {self.vocab_size} tokens")
         if len(self.never):

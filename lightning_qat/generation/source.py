@@ -61,7 +61,14 @@ class TeacherSource:
             raise ValueError(f"logits: got {settings.logits}, the teacher has {self.vocab_size} tokens; at most that many, or 'full'")
         self.never = [] if known is None else sorted(set(range(self.vocab_size)) - known)
         self.script = build_script(
-            settings, allowed=allowed, ends=ends, bos=bos_token, tokenizer=tokenizer, prompts=prompts, vocab_size=self.vocab_size, system=system
+            settings,
+            allowed=allowed,
+            ends=ends,
+            bos=bos_token,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            vocab_size=self.vocab_size,
+            system=system,
         )
         self.identity: dict[str, Any] = {
             "engine": "transformers",

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_qat.generation.sample import ASSISTANT, FORCED, USER
-from lightning_qat.generation.scripts import digest
+from lightning_qat.generation.scripts.base import digest
 from lightning_qat.generation.store import GenerationStore
 from lightning_qat.generation.teacher import fingerprint, start_tokens, tokenizer_fingerprint
 from lightning_qat.report.agreement import TOP, Agreement

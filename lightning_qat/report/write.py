@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_qat.generation.durable import replace_file
 from lightning_qat.generation.store import GenerationStore
+from lightning_qat.generation.store.durable import replace_file
 from lightning_qat.report.generations import GenerationStatistics, collect
 from lightning_qat.report.page import render
 from lightning_qat.report.reading import samples_to_read

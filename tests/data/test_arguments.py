@@ -71,7 +71,7 @@ def test_arguments_that_cannot_work(changes, message, tmp_path):
     ids=["teacher", "logits", "bos", "chat", "prompts", "buffer", "server", "folder"],
 )
 def test_what_only_the_teacher_can_tell_is_refused_before_anything_is_written(changes, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_qat.generation.transport.FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("lightning_qat.generation.served.transport.FIRST_PAUSE", 0.0)
     with pytest.raises(ValueError, match=message):
         ready(tmp_path / "gen", **changes)
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from models import character_tokenizer
 from synthetic import QUIET, TEXT, Reader, fit, module, ready, samples
+from torch import distributed
 
 from lightning_qat.data import GenerationModule, GenerationStore
 from lightning_qat.data.filling import TokenBar
@@ -114,11 +115,52 @@ def test_fewer_samples_than_processes_are_refused(tmp_path):
     assert not (tmp_path / "gen").exists()
 
 
+class Note(Callback):
+    """Keeps the error of each rank, and leaves the others time to do so."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_exception(self, trainer, module, exception):
+        (self.folder / f"error-{trainer.global_rank}.txt").write_text(str(exception))
+        time.sleep(2)
+
+
 def test_an_error_of_rank_0_is_everybodys(shared, tmp_path):
-    store, start = GenerationStore(tmp_path).open(shared.train_dataset.store.identity, 21), time.monotonic()
+    store = GenerationStore(tmp_path / "gen").open(shared.train_dataset.store.identity, 21)
     with store.writing(), pytest.raises(Exception, match="store: another process writes to"):
-        trainer().fit(Reader(), datamodule=module(tmp_path))
-    assert time.monotonic() - start < 60
+        trainer(callbacks=[Note(tmp_path)]).fit(Reader(), datamodule=module(tmp_path / "gen"))
+    notes = [(tmp_path / f"error-{rank}.txt").read_text() for rank in (0, 1)]
+    assert notes[0] == notes[1]
+    assert "it holds store.lock" in notes[1]
+
+
+def test_rank_0_opens_the_store_first(tmp_path, monkeypatch):
+    original = GenerationStore.open
+
+    def open_late(store, *args):
+        if distributed.get_rank() == 0:
+            time.sleep(0.5)
+        else:
+            assert (store.folder / "store.json").exists()
+        return original(store, *args)
+
+    monkeypatch.setattr(GenerationStore, "open", open_late)
+    predict(module(tmp_path))
+
+
+class LateRank1(Callback):
+    """The other one is not through with Trainer.predict before this one is."""
+
+    def on_predict_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        time.sleep(0.5 * trainer.global_rank)
+
+    def teardown(self, trainer, module, stage):
+        assert GenerationStore.existing(trainer.datamodule.folder).missing(21) == []
+
+
+def test_ranks_leave_predict_together(tmp_path):
+    predict(module(tmp_path), callbacks=[LateRank1()])
 
 
 # ---------------------------------------------------------------- predict

@@ -1,4 +1,4 @@
-"""Samples and their records as bytes: what the files of a store are made of (:mod:`lightning_qat.generation.shards`).
+"""Samples and their records as bytes: what the files of a store are made of (:mod:`lightning_qat.generation.store.shards`).
 
 All checksums start from a salt that is drawn from what the samples were generated from: a record or a sample of other settings does not
 pass for one of these, even where the header that says so is damaged.

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import ARRAYS, IDENTITY, known, same
 
-from lightning_qat.generation import store as store_module
 from lightning_qat.generation.sample import Sample
 from lightning_qat.generation.store import GenerationStore
+from lightning_qat.generation.store import store as store_module
 
 KINDS = ("plain", "chat", "top_k", "logits")
 

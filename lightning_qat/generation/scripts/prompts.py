@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_qat.generation.sample import ASSISTANT
-from lightning_qat.generation.scripts import Span, digest
+from lightning_qat.generation.scripts.base import Span, digest
 
 
 class Prompts:

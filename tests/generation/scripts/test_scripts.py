@@ -11,11 +11,11 @@ from models import character_tokenizer, gpt2, llama
 from tokenizers.processors import TemplateProcessing
 
 from lightning_qat.generation import load_tokenizer
-from lightning_qat.generation.chat import Chat
-from lightning_qat.generation.prompts import Prompts, read_prompts
 from lightning_qat.generation.randomness import uniform
 from lightning_qat.generation.sample import ASSISTANT
 from lightning_qat.generation.scripts import ALL, Span, StartTokens, build_script, resolve_bos
+from lightning_qat.generation.scripts.chat import Chat
+from lightning_qat.generation.scripts.prompts import Prompts, read_prompts
 from lightning_qat.generation.settings import GenerationSettings
 
 

@@ -14,13 +14,13 @@ from models import llama
 from torch import nn
 from transformers import LlamaConfig
 
-from lightning_qat.generation.prompts import Prompts
 from lightning_qat.generation.sample import ASSISTANT, FORCED, USER
 from lightning_qat.generation.scripts import Span, StartTokens
+from lightning_qat.generation.scripts.prompts import Prompts
 from lightning_qat.generation.served import ServedTeacher
+from lightning_qat.generation.served.offline import OfflineVLLM
 from lightning_qat.generation.settings import GenerationSettings
 from lightning_qat.generation.targets import top_targets, unpack_targets
-from lightning_qat.generation.vllm_offline import OfflineVLLM
 
 VOCABULARY = 97
 PROMPTS = [[5, 6, 7], [8], list(range(20, 30))]
@@ -28,7 +28,7 @@ PROMPTS = [[5, 6, 7], [8], list(range(20, 30))]
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
-    monkeypatch.setattr("lightning_qat.generation.transport.FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("lightning_qat.generation.served.transport.FIRST_PAUSE", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Any
 
-from lightning_qat.generation.completions import Completion, Request, advance, check_settings, with_stop, writing
 from lightning_qat.generation.sample import Sample
 from lightning_qat.generation.scripts import Script
+from lightning_qat.generation.served.completions import Completion, Request, advance, check_settings, with_stop, writing
+from lightning_qat.generation.served.transport import Server, brief
 from lightning_qat.generation.settings import GenerationSettings
-from lightning_qat.generation.transport import Server, brief
 
 _TOKEN_ID = "token_id:"  # how vLLM writes a token that is asked for by its id
 

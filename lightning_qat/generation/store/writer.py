@@ -11,10 +11,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from lightning_qat.generation.durable import replace_file, sync_folder, write_error
-from lightning_qat.generation.records import RECORD, ShardFormat
 from lightning_qat.generation.sample import Sample
-from lightning_qat.generation.shards import Shard, find_shards
+from lightning_qat.generation.store.durable import replace_file, sync_folder, write_error
+from lightning_qat.generation.store.records import RECORD, ShardFormat
+from lightning_qat.generation.store.shards import Shard, find_shards
 
 
 class ShardWriter:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_qat.generation.durable import replace_file
-from lightning_qat.generation.records import FOREIGN, FORMAT_VERSION, HEADER, ShardFormat
-from lightning_qat.generation.shards import find_shards
+from lightning_qat.generation.store.durable import replace_file
+from lightning_qat.generation.store.records import FOREIGN, FORMAT_VERSION, HEADER, ShardFormat
+from lightning_qat.generation.store.shards import find_shards
 
 MANIFEST = "store.json"
 _OTHER_FOLDER = "choose another folder for `store`"

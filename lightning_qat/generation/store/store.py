@@ -1,8 +1,8 @@
 """Generated samples on disk: hundreds of thousands of them, written by runs that may be killed at any time, and never a wrong token.
 
-A folder holds `store.json`, which says what the samples were generated from, and shards (:mod:`lightning_qat.generation.shards`). Samples
-are appended in groups, and a group that is on disk is never touched again. Everything has a checksum: what is damaged is named when it is
-read, counts as missing after :meth:`GenerationStore.repair`, and is generated again.
+A folder holds `store.json`, which says what the samples were generated from, and shards (`shards.py`). Samples are appended in groups,
+and a group that is on disk is never touched again. Everything has a checksum: what is damaged is named when it is read, counts as missing
+after :meth:`GenerationStore.repair`, and is generated again.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_qat.generation import repair, views
-from lightning_qat.generation.durable import write_error
-from lightning_qat.generation.manifest import Manifest
-from lightning_qat.generation.records import RECORD, ShardFormat
 from lightning_qat.generation.sample import Sample
-from lightning_qat.generation.shards import Shard, find_shards
-from lightning_qat.generation.writer import ShardWriter, lock_names, locked
+from lightning_qat.generation.store import repair, views
+from lightning_qat.generation.store.durable import write_error
+from lightning_qat.generation.store.manifest import Manifest
+from lightning_qat.generation.store.records import RECORD, ShardFormat
+from lightning_qat.generation.store.shards import Shard, find_shards
+from lightning_qat.generation.store.writer import ShardWriter, lock_names, locked
 
 if TYPE_CHECKING:
     import datasets
@@ -43,7 +43,7 @@ class GenerationStore:
     Attributes:
         identity: Plain data, all that the samples depend on.
         requested: How many samples were asked for.
-        records: One record per sample that is there, by number (fields: :data:`lightning_qat.generation.records.RECORD`). Where a
+        records: One record per sample that is there, by number (fields: :data:`lightning_qat.generation.store.records.RECORD`). Where a
             number is there twice, the last one counts, in the order of the files' names and then of writing.
         damage: What is wrong with the files as far as their indices tell, a sentence each.
     """
@@ -239,9 +239,9 @@ class GenerationStore:
         return done
 
     def to_jsonl(self, path: str | Path, tokenizer: Any = None) -> None:
-        """All samples as lines of JSON; see :func:`lightning_qat.generation.views.to_jsonl`."""
+        """All samples as lines of JSON; see :func:`lightning_qat.generation.store.views.to_jsonl`."""
         views.to_jsonl(self, Path(path), tokenizer)
 
     def to_dataset(self, tokenizer: Any = None) -> "datasets.Dataset":
-        """All samples as a data set of Hugging Face; see :func:`lightning_qat.generation.views.to_dataset`."""
+        """All samples as a data set of Hugging Face; see :func:`lightning_qat.generation.store.views.to_dataset`."""
         return views.to_dataset(self, tokenizer)

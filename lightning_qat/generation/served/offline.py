@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from lightning_qat.generation.completions import Completion, Request, advance, check_settings, with_stop, writing
 from lightning_qat.generation.sample import Sample
 from lightning_qat.generation.scripts import Script
+from lightning_qat.generation.served.completions import Completion, Request, advance, check_settings, with_stop, writing
 from lightning_qat.generation.settings import GenerationSettings
 
 _LEAST_LOGPROBS = 20  # vLLM's own default

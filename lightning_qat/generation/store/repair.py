@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from lightning_qat.generation.durable import replace_file, sync_folder
-from lightning_qat.generation.shards import Shard
+from lightning_qat.generation.store.durable import replace_file, sync_folder
+from lightning_qat.generation.store.shards import Shard
 
 
 def damaged_samples(shards: Iterable[Shard]) -> list[str]:

@@ -1,6 +1,6 @@
 """The files of a store: pairs of files that only grow, an index of fixed-size records and the samples they point to.
 
-    shard-000-00001.index   a header of 64 bytes, then one record of 56 bytes a sample (:mod:`lightning_qat.generation.records`)
+    shard-000-00001.index   a header of 64 bytes, then one record of 56 bytes a sample (:mod:`lightning_qat.generation.store.records`)
     shard-000-00001.data    samples: tokens, roles, tails, targets, as far as there are any, little-endian, each on a multiple of 8 bytes
 
 The first number is the writer's, the second counts its shards. Data is on disk before its records are written: what a record points to
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_qat.generation.records import HEADER, RECORD, ShardFormat, aligned
+from lightning_qat.generation.store.records import HEADER, RECORD, ShardFormat, aligned
 
 _NAME = re.compile(r"shard-(\d{3,})-(\d{5,})\.(?:index|data)")
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from lightning_qat.generation.chat import Chat, ChatTemplate
 from lightning_qat.generation.sample import ASSISTANT, USER
+from lightning_qat.generation.scripts.chat import Chat, ChatTemplate
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are Qwen.<|im_end|>\n' }}{% endif %}{% for message in messages %}"

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lightning_qat.generation.sample import ASSISTANT, USER
-from lightning_qat.generation.scripts import Span, digest
+from lightning_qat.generation.scripts.base import Span, digest
 
 # Samples must not depend on the day, which templates such as Llama 3.2's write into the system message. The day is Llama's own default.
 _DAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri", "%H": "12", "%M": "00"}
