@@ -52,7 +52,7 @@ class Collate:
     def _teacher(self, items: Sequence[Item], counts: Tensor) -> Tensor | TopK:
         targets = pad_sequence([item["targets"] for item in items], batch_first=True)
         if "tails" not in items[0]:
-            return targets.clamp(min=torch.finfo(targets.dtype).min)  # -inf, of tokens that are never drawn, would make a KL divergence NaN
+            return targets
         tails = pad_sequence([item["tails"] for item in items], batch_first=True)
         ids, probabilities = unpack_targets(targets, tails, self.vocab_size)
         counted = counts.bool()  # elsewhere nothing is known, which is written as all mass in the tail

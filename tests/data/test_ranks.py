@@ -8,9 +8,10 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from models import character_tokenizer
-from synthetic import QUIET, TEXT, Reader, fit, module, ready, samples
+from synthetic import QUIET, TEXT, Reader, fit, module, ready, samples, teacher
 from torch import distributed
 
+from lightning_qat import SyntheticDataModule
 from lightning_qat.data import GenerationModule, GenerationStore
 from lightning_qat.data.filling import TokenBar
 from lightning_qat.data.ranks import Ranks
@@ -115,21 +116,23 @@ def test_fewer_samples_than_processes_are_refused(tmp_path):
     assert not (tmp_path / "gen").exists()
 
 
-class Note(Callback):
+class Noting(SyntheticDataModule):
     """Keeps the error of each rank, and leaves the others time to do so."""
 
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_exception(self, trainer, module, exception):
-        (self.folder / f"error-{trainer.global_rank}.txt").write_text(str(exception))
-        time.sleep(2)
+    def setup(self, stage=None):
+        try:
+            super().setup(stage)
+        except ValueError as error:
+            (self.folder.parent / f"error-{self.trainer.global_rank}.txt").write_text(str(error))
+            time.sleep(1)
+            raise
 
 
 def test_an_error_of_rank_0_is_everybodys(shared, tmp_path):
     store = GenerationStore(tmp_path / "gen").open(shared.train_dataset.store.identity, 21)
+    data = Noting(teacher(), 21, 12, rows=8, store=tmp_path / "gen")
     with store.writing(), pytest.raises(Exception, match="store: another process writes to"):
-        trainer(callbacks=[Note(tmp_path)]).fit(Reader(), datamodule=module(tmp_path / "gen"))
+        trainer().fit(Reader(), datamodule=data)
     notes = [(tmp_path / f"error-{rank}.txt").read_text() for rank in (0, 1)]
     assert notes[0] == notes[1]
     assert "it holds store.lock" in notes[1]
