@@ -52,11 +52,17 @@ def test_text_goes_round_and_round(others, shown):
     assert sorted(set(orders[0]) | set(orders[1])) == sorted(set(MixedOrder(6, others, shown, 0, lambda: 0)))
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A folder with 105 samples."""
+    return ready(tmp_path_factory.mktemp("many") / "gen", num_samples=105, tokenizer=character_tokenizer()).folder
+
+
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.8])
-def test_the_share_of_text_is_that_of_tokens(ratio, packing, text, tmp_path, caplog):
+def test_the_share_of_text_is_that_of_tokens(ratio, packing, text, many, caplog):
     with caplog.at_level("INFO", logger="lightning.pytorch"):
-        data = mixed(tmp_path / "gen", text, text_ratio=ratio, num_samples=105, packing=packing)
+        data = mixed(many, text, teacher=None, text_ratio=ratio, num_samples=105, packing=packing)
     tokens = {"generated": 0, "text": 0}
     for index in data.train_dataloader().sampler:
         item = data.train_dataset[index]

@@ -43,5 +43,6 @@ def test_example_yaml_trains(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--data.init_args.num_samples=70", "--data.init_args.max_length=16"]
     assert main(["fit", "--config", str(path), *small, "--trainer.enable_progress_bar=false", "--trainer.val_check_interval=2"]) == 0
-    assert main(["export", "--checkpoint", "runs/llm_qat/last.ckpt", "--out", "exported"]) == 0
-    assert main(["export", "--checkpoint", "runs/llm_qat/last.ckpt", "--out", "exported"]) == 2
+    checkpoint = f"runs/{path.stem}/last.ckpt"
+    assert main(["export", "--checkpoint", checkpoint, "--out", "exported"]) == 0
+    assert main(["export", "--checkpoint", checkpoint, "--out", "exported"]) == 2
