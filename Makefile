@@ -38,9 +38,9 @@ check: $(STAMP) ## ruff, mypy, import contracts, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-# What is only compared with: torchao.
+# What is only compared with (torchao), and what only some users have (datasets).
 $(PEERS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[peers]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[peers,datasets]'
 	touch $(PEERS_STAMP)
 
 bench: $(PEERS_STAMP) ## speed and memory against unquantized training and peers, CPU (about 10 minutes on 2 idle cores)

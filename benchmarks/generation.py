@@ -55,7 +55,7 @@ class Teacher:
 
 TEACHERS = [
     Teacher("bundled teacher, 2.75 M", 256),
-    Teacher("25 M Llama", 96, sizes=llama(512, 1408, 7, 8)),
+    Teacher("25 M Llama", 192, batches=(64, 128), sizes=llama(512, 1408, 7, 8)),
     # About one token in 100 ends a sample: plain batches wait for their longest row, ours are refilled.
     Teacher("bundled teacher, samples that end early", 256, batches=(64, 256), samples=768, end_tokens=tuple(range(6, 2000, 40))),
 ]
@@ -138,7 +138,8 @@ def page(result: dict[str, Any]) -> Iterator[str]:
     yield f"Run on {result['date']}: {device.get('gpu', '')} {device['cpu']}, {device['cpu_threads']} CPU threads."
     yield f"{', '.join(f'{name} {version}' for name, version in versions.items() if version)}.\n"
     yield 'Medians of rounds in which every side ran once. The reference loop is LLM-QAT\'s: one sample at a time in fp32. "To plain" is '
-    yield "against the fastest batch size of `generate` in the same dtype.\n"
+    yield "against the fastest batch size of `generate` in the same dtype."
+    yield f"Tokens per sample: {', '.join(f'{teacher.name}: {teacher.max_length}' for teacher in TEACHERS)}.\n"
     for teacher in {row["teacher"]: None for row in result["rows"]}:
         yield f"## {teacher}\n\n| | tokens/s | min .. max | to the reference loop | to plain |\n|---|---|---|---|---|"
         for row in (row for row in result["rows"] if row["teacher"] == teacher):

@@ -92,7 +92,9 @@ def test_validation_samples_are_the_last_of_the_first_epoch(stored):
     assert reader.validated == stored[16:21]
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 7}, {"buffer": 8}, {"teacher_logits": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 1}, {"batch_size": 7}, {"buffer": 8}, {"teacher_logits": 3}, {"stream_device": "cpu"}], ids=str
+)
 def test_samples_do_not_depend_on_how_they_are_asked_for(changes, stored):
     assert shown(fit(stream(**changes), max_epochs=2)) == stored[:16] + stored[21:37]
 
