@@ -11,11 +11,13 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from lightning_qat import DistillationModule, QuantizationCallback, SyntheticDataModule, insert_quantizers, named_quantizers
-from lightning_qat.data.datasets import collate
+from lightning_qat.data.collate import Collate
 from lightning_qat.evaluation import score_text
 from lightning_qat.modules import scheme_of
 
 LENGTHS = (12, 7, 12, 3, 9, 12, 5, 12)
+
+collate = Collate(VOCABULARY)
 
 
 def samples(source="generated", seed=0):
