@@ -1,22 +1,19 @@
 """What is refused before any work starts."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from lightning_qat.data.datasets import LossOn
 from lightning_qat.data.teachers import is_source
 from lightning_qat.generation import CallableTeacher, GenerationSettings
 from lightning_qat.registry import did_you_mean
 
-if TYPE_CHECKING:
-    from lightning_qat.data.datamodule import SyntheticDataModule
-
 MODES = ("store", "stream", "mix")
 WITH_ROLES = ("chat", "prefix")  # generations that know who wrote a token
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def check_arguments(data: "SyntheticDataModule") -> None:
+def check_arguments(data: Any) -> None:
     """Refuse arguments that cannot work, alone or together.
 
     Raises:
@@ -43,7 +40,7 @@ def check_split(count: int, val_samples: int | None) -> None:
         raise ValueError(f"num_samples: got {count} with val_samples={val_samples}; at least one must be left for training")
 
 
-def _check_teacher(data: "SyntheticDataModule") -> None:
+def _check_teacher(data: Any) -> None:
     teacher, generation, engine = data.teacher, data.settings.mode, data.engine
     if engine not in ("transformers", "vllm") and not engine.startswith(("http://", "https://")):
         raise ValueError(f"engine: got {engine!r}, expected 'transformers', 'vllm' or the address of a server, 'http://...'")
@@ -67,7 +64,7 @@ def _check_teacher(data: "SyntheticDataModule") -> None:
         raise ValueError(f"teacher: got a {type(teacher).__name__} with engine={engine!r}, expected the name of a model")
 
 
-def _check_text(data: "SyntheticDataModule") -> None:
+def _check_text(data: Any) -> None:
     if (data.text is None) == (data.mode == "mix"):
         got = "no text" if data.text is None else f"{data.text!r}"
         raise ValueError(f"text: got {got} with mode={data.mode!r}; real text to train on belongs to mode='mix', and only there")
@@ -79,7 +76,7 @@ def _check_text(data: "SyntheticDataModule") -> None:
             raise ValueError(f"text: got {data.text!r}, which is the `validation` text too; train on other text than is validated on")
 
 
-def _check_stream(data: "SyntheticDataModule") -> None:
+def _check_stream(data: Any) -> None:
     if data.teacher is None:
         raise ValueError("mode: got 'stream' with teacher=None, but somebody must write the samples; name the teacher, or use mode='store'")
     if data.filters is not None:
@@ -90,7 +87,7 @@ def _check_stream(data: "SyntheticDataModule") -> None:
         raise ValueError(f"num_workers: got {data.num_workers} with mode='stream'; use num_workers=0 and stream_worker='process'")
 
 
-def check_agreement(data: "SyntheticDataModule", identity: dict[str, Any], where: str) -> None:
+def check_agreement(data: Any, identity: dict[str, Any], where: str) -> None:
     """Refuse settings that were given and are not those of samples that are there; what is left at its default agrees with everything.
 
     Args:
