@@ -137,7 +137,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def _with_switches(function: Callable[..., None], args: Sequence[str]) -> list[str]:
     """``--resume`` means ``--resume true`` where that is an option of type bool."""
     switches = {f"--{name}" for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is bool}
-    following = [*args[1:], "--"]
+    following = [*args, "--"][1:]
     return [part for arg, after in zip(args, following, strict=True) for part in ([arg, "true"] if _bare(arg, after, switches) else [arg])]
 
 

@@ -6,7 +6,7 @@ import lightning.pytorch  # noqa: F401  its log handler keeps the stderr of its 
 import pytest
 from models import llama, save_causal_lm
 
-from lightning_qat.cli import main
+from lightning_qat.cli import commands, main
 from lightning_qat.data import GenerationStore
 
 
@@ -108,3 +108,18 @@ def test_another_teacher_is_refused(store, tmp_path, capsys):
     assert generate("--teacher", other, "--store", str(store), "--teacher_logits", "4", *SMALL) == 2
     assert "holds samples of other settings (teacher: " in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in store.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("args", "given"),
+    [
+        ([], []),
+        (["--resume"], ["--resume", "true"]),
+        (["--resume", "--store", "gen"], ["--resume", "true", "--store", "gen"]),
+        (["--resume", "false", "--compile"], ["--resume", "false", "--compile", "true"]),
+        (["--store", "--resume"], ["--store", "--resume", "true"]),
+    ],
+    ids=["nothing", "last", "first", "two", "as-a-value"],
+)
+def test_a_switch_needs_no_value(args, given):
+    assert commands._with_switches(commands.generate, args) == given
