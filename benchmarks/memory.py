@@ -22,7 +22,7 @@ EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "
 TIMEOUT = 600
 
 
-def _status(key: str) -> int:
+def status_bytes(key: str) -> int:
     """Bytes of one line of /proc/self/status."""
     for line in Path("/proc/self/status").read_text("ascii").splitlines():
         if line.startswith(f"{key}:"):
@@ -61,9 +61,9 @@ def measure(workload: Workload, mode: str, name: str, device: str) -> dict[str, 
     before = _alive()
     gc.disable()
     Path("/proc/self/clear_refs").write_text("5", "ascii")
-    resident = _status("VmRSS")
+    resident = status_bytes("VmRSS")
     step()
-    return {"before": before, "peak": before + _status("VmHWM") - resident}
+    return {"before": before, "peak": before + status_bytes("VmHWM") - resident}
 
 
 def in_fresh_process(workload: Workload, mode: str, name: str, device: str) -> dict[str, int]:

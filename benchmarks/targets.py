@@ -10,7 +10,6 @@ own time and memory.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 
 import lightning_qat
 from benchmarks import report
+from benchmarks.memory import status_bytes
 from lightning_qat import DistillationModule, QuantizationCallback, SyntheticDataModule
 from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_windows
 from lightning_qat.generation import TINY_TEACHER, load_causal_lm, load_tokenizer
@@ -106,7 +106,7 @@ def run(name: str, folder: Path, quick: bool) -> dict[str, Any]:
     start = time.perf_counter()
     trainer.fit(module, data)
     fit_seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = status_bytes("VmHWM")  # not ru_maxrss, which a new process inherits from the one that started it
     windows = text_windows(load_tokenizer(TINY_TEACHER), read_documents(HELD_OUT), 512)[: 4 if quick else None]
     score = score_text(module.student, windows)
     return {
