@@ -4,21 +4,27 @@ from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
 from lightning_qat.callbacks.arming import Arming
+from lightning_qat.callbacks.neighbours import check_neighbours, check_package
+from lightning_qat.callbacks.random_state import RandomState
 from lightning_qat.callbacks.reach import ReachProbe
 from lightning_qat.callbacks.reuse import WeightReuse
+from lightning_qat.callbacks.strategies import adapter_of
 from lightning_qat.modules import InsertionReport, insert_quantizers, named_quantizers, use_int8_forward
 from lightning_qat.modules.insertion import REACHED_ATTRIBUTE
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.modules.packed import packed_weights
+from lightning_qat.modules.weights import WEIGHT_DTYPES, set_weight_dtypes, weight_dtypes
 from lightning_qat.quantizers.running_range import merge_ranges
 from lightning_qat.scheme import QuantScheme, differences
+from lightning_qat.twin import warn_of_twin
 
 STATE_VERSION = 1
 
@@ -52,6 +58,7 @@ class QuantizationCallback(Callback):
     """
 
     def __init__(self, scheme: str | QuantScheme, allow_partial: bool = False, int8_forward: bool = False) -> None:
+        warn_of_twin()
         self.scheme = QuantScheme.parse(scheme)
         self.allow_partial = allow_partial
         self.int8_forward = int8_forward
@@ -60,17 +67,12 @@ class QuantizationCallback(Callback):
         self._arming: Arming | None = None
         self._probe: ReachProbe | None = None
         self._reuse = WeightReuse()
+        self._random = RandomState()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arm; quantizers are inserted when Lightning calls ``configure_model``."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if callback is self:
-                break
-            if isinstance(callback, WeightAveraging):
-                raise MisconfigurationException(
-                    "WeightAveraging copies the model in its setup, before quantizers are in it; list QuantizationCallback before it"
-                )
+        check_neighbours(trainer, pl_module, self)
         self._arming = Arming(pl_module, early=lambda: self._insert(pl_module, final=False), late=lambda: self._insert(pl_module))
 
     @override
@@ -80,8 +82,9 @@ class QuantizationCallback(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind but the quantizers."""
+        """Leave nothing behind but the quantizers; where the cause is a mix of packages, say so, because Lightning's error does not."""
         self._release()
+        check_package(trainer, pl_module)
 
     def _release(self) -> None:
         if self._arming is not None:
@@ -90,6 +93,7 @@ class QuantizationCallback(Callback):
             self._probe.remove()
         self._arming = self._probe = None
         self._reuse.stop()
+        self._random.forget()
 
     def _insert(self, pl_module: pl.LightningModule, final: bool = True) -> None:
         try:
@@ -130,13 +134,21 @@ class QuantizationCallback(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Every parameter that quantizers brought must be trained by some optimizer."""
-        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        root = quantization_root(pl_module)
+        root, adapter = quantization_root(pl_module), adapter_of(trainer.strategy)
+        adapter.check(trainer, root)
         if packed := packed_weights(root):
             raise MisconfigurationException(
                 f"{packed[0]} holds packed codes of an export, which have no gradient; training from an export is not "
                 "supported yet, continue from a training checkpoint"
             )
+        if (held := adapter.optimized(trainer)) is not None:
+            self._check_optimizers(root, held)
+        if trainer.accumulate_grad_batches > 1:
+            self._reuse.start(trainer, root, training=True)
+        self._random.restore(trainer)
+
+    @staticmethod
+    def _check_optimizers(root: nn.Module, held: set[int]) -> None:
         ours = {id(p): name for name, q in named_quantizers(root) for p in q.parameters() if p.requires_grad}
         lost = [name for key, name in ours.items() if key not in held]
         if lost:
@@ -148,8 +160,6 @@ class QuantizationCallback(Callback):
         idle = [name for name, p in root.named_parameters() if p.requires_grad and id(p) not in held and id(p) not in ours]
         if idle:
             rank_zero_warn(f"{len(idle)} parameters of the quantized model are held by no optimizer, the first is {idle[0]!r}")
-        if trainer.accumulate_grad_batches > 1:
-            self._reuse.start(trainer, root, training=True)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -170,6 +180,7 @@ class QuantizationCallback(Callback):
         merge_ranges(quantization_root(pl_module))
         if self._probe is not None and self._probe.watching:
             self._probe.remove()
+            self._probe.note_rounded_weights()
             missed = self._probe.missed()
             vars(quantization_root(pl_module))[REACHED_ATTRIBUTE] = not missed
             if not missed:
@@ -212,6 +223,19 @@ class QuantizationCallback(Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The end of that."""
         self._reuse.stop(evaluation=True)
+
+    @override
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Weights are saved as they are stored, so say which dtype they were quantized in; and keep the random states of all ranks."""
+        checkpoint[WEIGHT_DTYPES] = weight_dtypes(quantization_root(pl_module))
+        self._random.save(trainer, checkpoint)
+
+    @override
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with the grid that was trained, also under a strategy that rounds nothing."""
+        set_weight_dtypes(quantization_root(pl_module), checkpoint.get(WEIGHT_DTYPES, {}))
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._random.load(trainer, checkpoint)
 
     @override
     def state_dict(self) -> dict[str, Any]:

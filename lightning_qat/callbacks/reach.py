@@ -1,7 +1,8 @@
-"""Which quantized layers a forward pass really goes through."""
+"""Which quantized layers a forward pass really goes through, and in which dtype they see their weights."""
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_qat.modules.kv import KVQuantizer
@@ -18,6 +19,7 @@ class ReachProbe:
     def __init__(self, root: nn.Module) -> None:
         self._watched = {name: module for name, module in root.named_modules() if isinstance(module, QuantLayer | KVQuantizer)}
         self._seen: set[int] = set()
+        self._dtypes: dict[QuantLayer, torch.dtype] = {}
         self._handles = [module.register_forward_pre_hook(self._note) for module in self._watched.values()]
 
     @property
@@ -27,12 +29,20 @@ class ReachProbe:
 
     def _note(self, module: nn.Module, args: Any) -> None:
         self._seen.add(id(module))
+        if isinstance(module, QuantLayer):
+            self._dtypes[module] = module.stored_weight().dtype
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def note_rounded_weights(self) -> None:
+        """A strategy may hand layers a rounded copy of their weights; then that is what is quantized, here and wherever they are loaded."""
+        for layer, dtype in self._dtypes.items():
+            if dtype != layer.stored_weight().dtype:
+                layer.weight_dtype = dtype
 
     def missed(self) -> list[str]:
         """Names of layers that were not called."""

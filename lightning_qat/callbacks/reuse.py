@@ -3,12 +3,10 @@
 from contextlib import ExitStack
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from lightning_qat.callbacks.strategies import adapter_of
 from lightning_qat.modules import cached_weights
-
-SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
 class WeightReuse:
@@ -19,7 +17,7 @@ class WeightReuse:
 
     def start(self, trainer: pl.Trainer, root: nn.Module, training: bool = False) -> None:
         """Keep quantized weights from here on; nothing happens under sharding, where a kept copy would be a full one on each rank."""
-        if not isinstance(trainer.strategy, SHARDED):
+        if adapter_of(trainer.strategy).keeps_weights:
             scopes = self._training if training else self._evaluation
             scopes.enter_context(cached_weights(root, training=training))
 

@@ -1,6 +1,5 @@
 """Data-free distillation of a quantized student: LLM-QAT (arXiv 2305.17888), section 3.3."""
 
-import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +13,15 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_qat.distillation.batches import Batch, check_packing, read_batch
+from lightning_qat.distillation.lora import LoraSettings, add_lora
+from lightning_qat.distillation.models import build_student, distribute, skeletons
 from lightning_qat.evaluation import TokenPerplexity
-from lightning_qat.generation import cast_parameters, check_causal_lm, load_causal_lm
+from lightning_qat.generation import check_causal_lm, load_causal_lm
 from lightning_qat.losses import SoftCrossEntropy, TopK, divergence, most_probable
 from lightning_qat.modules import insert_quantizers, scheme_of
+from lightning_qat.modules.weights import WEIGHT_DTYPES, set_weight_dtypes, weight_dtypes
 from lightning_qat.scheme import QuantScheme
+from lightning_qat.twin import warn_of_twin
 
 
 class DistillationModule(pl.LightningModule):
@@ -42,6 +45,12 @@ class DistillationModule(pl.LightningModule):
         lr_scheduler: Called with the optimizer; stepped once per optimizer step.
         gradient_checkpointing: Recompute the student's blocks in the backward pass: less memory, about a third more time.
         teacher_dtype: Dtype of a teacher loaded by name; the student's weights are always fp32.
+        defer_loading: Build teacher and student without weights and read them when the Trainer has its processes: rank 0 reads, and
+            under ``ModelParallelStrategy`` every rank keeps its share of each block only. For models that not every process can hold.
+        param_dtype: Dtype in which ``ModelParallelStrategy`` gathers the student's weights: ``bfloat16`` halves the traffic, and trains
+            the grid of the rounded weights (checkpoints say so, and exports write it). None gathers them in fp32.
+        lora: Train LoRA adapters of the student (its linear layers) instead of its weights; needs the extra ``lora``. Call
+            :func:`~lightning_qat.merge_lora` before exporting.
 
     Raises:
         ValueError: Teacher or student cannot be loaded, both are None, or their vocabularies differ.
@@ -60,18 +69,42 @@ class DistillationModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
         teacher_dtype: str = "float32",
+        defer_loading: bool = False,
+        param_dtype: str | None = None,
+        lora: LoraSettings | None = None,
     ) -> None:
         super().__init__()
+        warn_of_twin()
         # Only plain values: torch refuses to load callables and modules from a checkpoint.
-        plain = {"teacher": teacher, "student": student, "gradient_checkpointing": gradient_checkpointing, "teacher_dtype": teacher_dtype}
-        self.save_hyperparameters({k: v for k, v in plain.items() if v is None or isinstance(v, str | bool)})
+        plain = {
+            "teacher": teacher,
+            "student": student,
+            "gradient_checkpointing": gradient_checkpointing,
+            "teacher_dtype": teacher_dtype,
+            "defer_loading": defer_loading,
+            "param_dtype": param_dtype,
+        }
+        plain["lora"] = None if lora is None else vars(LoraSettings.parse(lora))
+        self.save_hyperparameters({k: v for k, v in plain.items() if v is None or isinstance(v, str | bool | dict)})
         if teacher is None and student is None:
             raise ValueError("student: needed when teacher is None; pass a folder, a hub id or a causal language model, or give a teacher")
-        self.teacher = load_causal_lm(teacher, teacher_dtype) if isinstance(teacher, str) else teacher
+        if param_dtype not in (None, "bfloat16", "float16"):
+            raise ValueError(f"param_dtype: got {param_dtype!r}, expected 'bfloat16', 'float16' or None for the weights' own")
+        self.param_dtype = None if param_dtype is None else getattr(torch, param_dtype)
+        if defer_loading:
+            self.teacher, self.student = skeletons(teacher, student, teacher_dtype)
+        else:
+            self.teacher = load_causal_lm(teacher, teacher_dtype) if isinstance(teacher, str) else teacher
+            self.student = build_student(self.teacher, teacher, student)
         if self.teacher is not None:
             check_causal_lm(self.teacher, "teacher").requires_grad_(False).eval()
-        self.student = self._build_student(teacher, student)
         self._check_vocabularies()
+        if lora is not None:
+            if defer_loading:
+                raise ValueError(
+                    "defer_loading: got True with lora, whose adapters are drawn before weights are read; leave one of them out"
+                )
+            add_lora(self.student, LoraSettings.parse(lora))
         self.loss = SoftCrossEntropy() if loss is None else loss
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         if gradient_checkpointing:
@@ -81,16 +114,6 @@ class DistillationModule(pl.LightningModule):
         self.ppl_text, self.ppl_generated = TokenPerplexity(), TokenPerplexity()
         self.kl, self.top1 = MeanMetric(), MeanMetric()
         self._packing_checked = False
-
-    def _build_student(self, teacher: str | nn.Module | None, student: str | nn.Module | None) -> nn.Module:
-        if student is None:
-            same = isinstance(teacher, nn.Module) or next(self.teacher.parameters()).dtype == torch.float32
-            model = copy.deepcopy(self.teacher) if same else load_causal_lm(str(teacher), "float32")
-            return cast_parameters(model, torch.float32).requires_grad_(True).train()
-        if student is teacher and not isinstance(student, str):
-            raise ValueError("student: is the teacher itself; pass None for a copy of it")
-        model = load_causal_lm(student, "float32") if isinstance(student, str) else check_causal_lm(student, "student")
-        return cast_parameters(model, torch.float32).train()
 
     def _check_vocabularies(self) -> None:
         own = self._vocab_size(self.student)
@@ -108,6 +131,12 @@ class DistillationModule(pl.LightningModule):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    @override
+    def configure_model(self) -> None:
+        """Under `ModelParallelStrategy` shard teacher and student, behind the quantizers; read the weights that were deferred."""
+        vars(self).get("after_build", lambda: None)()  # put there by QuantizationCallback
+        distribute(self)
 
     @override
     def on_fit_start(self) -> None:
@@ -217,12 +246,14 @@ class DistillationModule(pl.LightningModule):
         """Keep the scheme with the weights, so that `load_from_checkpoint` needs no callback."""
         scheme = scheme_of(self.student)
         checkpoint["quantization_scheme"] = None if scheme is None else scheme.to_dict()
+        checkpoint[WEIGHT_DTYPES] = weight_dtypes(self.student)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Insert the quantizers that the checkpoint was trained with, unless they are there."""
         if checkpoint.get("quantization_scheme") is not None and scheme_of(self.student) is None:
             insert_quantizers(self.student, QuantScheme.parse(checkpoint["quantization_scheme"]), allow_partial=True)
+        set_weight_dtypes(self.student, checkpoint.get(WEIGHT_DTYPES, {}))
 
 
 def _logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:

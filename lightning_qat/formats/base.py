@@ -10,6 +10,7 @@ from torch import nn
 from lightning_qat.modules import scheme_of
 from lightning_qat.modules.insertion import quantized_roots
 from lightning_qat.modules.layer import quant_layers
+from lightning_qat.modules.lora import adapted_layers, check_adapters
 from lightning_qat.registry import Registry
 
 
@@ -40,7 +41,7 @@ def export(model: nn.Module, path: str | Path, format: str = "native", drop: tup
         The folder.
 
     Raises:
-        ValueError: Unknown format, a model without quantizers, a folder that is not empty or cannot be written.
+        ValueError: Unknown format, a model without quantizers or with LoRA adapters, a folder that is not empty or cannot be written.
     """
     writer = formats.get(format)()
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
@@ -59,6 +60,9 @@ def export(model: nn.Module, path: str | Path, format: str = "native", drop: tup
             f"export: quantizers were inserted below {roots[0]!r} and {roots[1]!r} on their own; insert once at their common parent "
             "(with overrides), or export each part"
         )
+    if (adapted := next(adapted_layers(model), None)) is not None:
+        check_adapters(model)
+        raise ValueError(f"export: {adapted[0]} has an adapter beside its weight; call lightning_qat.merge_lora(model) first")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"path: {str(target)!r} exists and is not an empty folder; choose another one")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")

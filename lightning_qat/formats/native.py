@@ -86,9 +86,8 @@ def _packed_layers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
             parts = dict(quantizer.named_buffers())
             dtype = quantizer.dtype
         else:
-            values: Tensor = getattr(layer, weight.parameter)
-            parts = pack_tensors(quantizer.codes(layer.to_matrix(values)), quantizer.spec)
-            dtype = values.dtype
+            parts = pack_tensors(weight.codes(), quantizer.spec)
+            dtype = getattr(layer, weight.parameter).dtype
         spec = asdict(quantizer.spec)
         layers[weight.name] = {"spec": spec, "shape": list(weight.shape), "dtype": str(dtype).removeprefix("torch.")}
         tensors |= {f"{weight.name}.{part}": tensor.cpu() for part, tensor in parts.items()}

@@ -1,30 +1,12 @@
 """A transformers model without its weights: parameters on the meta device, buffers computed as usual."""
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
 
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Unlike `torch.device("meta")`, keeps buffers such as rotary frequencies, which no checkpoint holds."""
-    plain = nn.Module.register_parameter
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        plain(self, name, param)
-        if param is not None and not param.is_meta:
-            self._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = plain  # type: ignore[method-assign]
+from lightning_qat.generation.skeleton import parameters_on_meta
 
 
 def build_transformers_model(folder: Path, class_name: str) -> Any:
@@ -40,7 +22,7 @@ def build_transformers_model(folder: Path, class_name: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"path: cannot read a configuration from {str(folder)!r}: {error}") from error
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = cls(config)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)

@@ -35,6 +35,21 @@ def resolve(name: str | Path) -> str:
     return str(path) if path.is_dir() else text
 
 
+def read_config(name: str | Path) -> Any:
+    """The configuration of a causal language model.
+
+    Raises:
+        ValueError: Nothing is there, or it is not a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"teacher: cannot read a model configuration from {str(name)!r}: {error}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"teacher: {str(name)!r} is a {type(config).__name__}, which has no causal language model")
+    return config
+
+
 def load_causal_lm(name: str | Path, dtype: str = "float32") -> Any:
     """A causal language model of transformers, in eval mode.
 
@@ -48,12 +63,7 @@ def load_causal_lm(name: str | Path, dtype: str = "float32") -> Any:
     path = resolve(name)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype: got {dtype!r}, expected 'float32', 'bfloat16', 'float16' or 'auto'")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"teacher: cannot read a model configuration from {str(name)!r}: {error}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"teacher: {str(name)!r} is a {type(config).__name__}, which has no causal language model")
+    read_config(name)
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).eval()
     except OSError as error:

@@ -75,5 +75,5 @@ def int8_operands(layer: Any, x: Tensor, dtype: torch.dtype | None) -> Operands 
     with torch.no_grad():
         # Codes and values are kept apart by what they are computed for: int8 asks under its own dtype.
         x_codes = compute() if layer.shared_input is None else layer.shared_input.take(layer, x, torch.int8, compute)
-        w_codes, w_scale, _ = encode_dynamic(layer.weight.detach(), weight.how)
+        w_codes, w_scale, _ = encode_dynamic(layer.as_quantized(layer.weight.detach()), weight.how)
     return (*x_codes, w_codes, w_scale)

@@ -29,6 +29,8 @@ class QuantLayer(nn.Module):
         shared_input: The group of siblings that read the same input (q/k/v, gate/up), or None.
         int8_forward: Whether the forward product may be computed on integer codes (:mod:`~lightning_qat.modules.int8`).
         keeps: When the quantized weight is kept for the next call (:mod:`~lightning_qat.modules.weight_cache`).
+        weight_dtype: Dtype that weights are rounded to before they are quantized, None for their own. A strategy that gathers weights in
+            bf16 trains the grid of the rounded weight, and so must everybody who has the fp32 one.
     """
 
     float_type: ClassVar[type[nn.Module]]
@@ -42,6 +44,7 @@ class QuantLayer(nn.Module):
     int8_forward: bool
     keeps: Keeps
     kept_weight: Any  # its values, or None
+    weight_dtype: torch.dtype | None
 
     @classmethod
     def check(cls, module: nn.Module) -> str | None:
@@ -77,12 +80,12 @@ class QuantLayer(nn.Module):
         for name in self.weight_names:
             setattr(self, f"{name}_quantizer", None if weight is None else build_quantizer(weight))
         self.input_quantizer = None if input is None else build_quantizer(input)
-        self.shared_input, self.int8_forward, self.keeps, self.kept_weight = None, False, "nothing", None
+        self.shared_input, self.int8_forward, self.keeps, self.kept_weight, self.weight_dtype = None, False, "nothing", None, None
 
     def detach(self) -> None:
         """Become the original layer again."""
         quantizers = [f"{name}_quantizer" for name in self.weight_names]
-        for name in (*quantizers, "input_quantizer", "shared_input", "int8_forward", "keeps", "kept_weight"):
+        for name in (*quantizers, "input_quantizer", "shared_input", "int8_forward", "keeps", "kept_weight", "weight_dtype"):
             delattr(self, name)
         self.__class__ = self.float_type  # type: ignore[assignment]
 
@@ -93,9 +96,11 @@ class QuantLayer(nn.Module):
             dtype: What the product will be computed in, None for the weight's own.
         """
         quantizer = self.weight_quantizer
-        if quantizer is None or (isinstance(quantizer, Quantizer) and not quantizer.enabled):
+        if quantizer is None:
             return self.weight
-        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        if isinstance(quantizer, Quantizer) and not quantizer.enabled:
+            return quantizer.bypass(self.weight)
+        trains = torch.is_grad_enabled() and self.stored_weight().requires_grad
         if self.keeps == "nothing" or (trains and not self._may_keep_in_training(quantizer)):
             return self._compute_weight(dtype)
         if self.kept_weight is None or self.kept_weight.dtype != (dtype or self.weight.dtype):
@@ -113,13 +118,25 @@ class QuantLayer(nn.Module):
         assert quantizer is not None
         if isinstance(quantizer, PackedWeight):
             return self.from_matrix(quantizer.dequantize().to(dtype or self.weight.dtype))
-        return self.from_matrix(quantizer(self.to_matrix(self.weight), dtype))
+        weight = self.weight
+        return self.from_matrix(quantizer(self.to_matrix(self.as_quantized(weight)), dtype or weight.dtype))
+
+    def stored_weight(self) -> Tensor:
+        """A parameter that stands for all behind the weight: it tells in which dtype they are at hand, and whether they train."""
+        weight: Tensor = getattr(self, self.weight_names[0])
+        return weight
+
+    def as_quantized(self, weight: Tensor) -> Tensor:
+        """A weight in the dtype that its quantizer is to see."""
+        return weight if self.weight_dtype is None else weight.to(self.weight_dtype)
 
     def quantized_input(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The input on its grid, in `dtype`; siblings that were handed the same tensor compute it once."""
         quantizer = self.input_quantizer
-        if quantizer is None or not quantizer.enabled or x.numel() == 0:
+        if quantizer is None:
             return x
+        if not quantizer.enabled or x.numel() == 0:
+            return quantizer.bypass(x)
         if self.shared_input is None:
             return quantizer(x, dtype)
         return straight_through(x, self.shared_input.take(self, x, dtype, lambda: quantizer(x, dtype)))
