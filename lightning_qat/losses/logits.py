@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 CHUNK = 2048  # tokens
+NO_LABEL = -100  # what torch takes for "no label"
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -22,6 +23,12 @@ def refuse_no_tokens(tokens: int) -> None:
     """A mean over no tokens is no loss."""
     if tokens == 0:
         raise ValueError("loss: no token counts; the attention mask is 0 everywhere")
+
+
+def refuse_other_shape(student: Tensor, teacher: Tensor) -> None:
+    """Logits are compared one to one."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"loss: student logits {tuple(student.shape)}, teacher logits {tuple(teacher.shape)}; they must have one shape")
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -84,8 +91,7 @@ def next_token_nll(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None
 
 def _pair(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The logits of the tokens that count, [tokens, vocabulary] each."""
-    if student.shape != teacher.shape:
-        raise ValueError(f"loss: student logits {tuple(student.shape)}, teacher logits {tuple(teacher.shape)}; they must have one shape")
+    refuse_other_shape(student, teacher)
     student, teacher = (x.flatten(0, -2) if mask is None else x[mask.bool()] for x in (student, teacher))
     refuse_no_tokens(student.shape[0])
     return student, teacher

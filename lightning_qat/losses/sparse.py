@@ -73,18 +73,23 @@ def sparse_kl_divergence(student: Tensor, teacher: TopK, mask: Tensor | None = N
     return _SparseCrossEntropy.apply(student.flatten(0, -2), rows, *teacher) + negative_entropy.mean()
 
 
-def _counted(student: Tensor, teacher: TopK, mask: Tensor | None) -> tuple[Tensor, TopK]:
-    """The rows of the flattened logits that count, and the teacher's distributions there in fp32 or better."""
+def refuse_other_shapes(student: Tensor, teacher: TopK) -> None:
+    """All of a teacher's tensors belong to the student's tokens."""
     shapes = [tuple(x.shape) for x in teacher]
     if not shapes[0] == shapes[1] == (*shapes[2], shapes[0][-1]) or shapes[2] != student.shape[:-1]:
         raise ValueError(
             f"loss: student logits {tuple(student.shape)}, teacher's ids {shapes[0]}, probabilities {shapes[1]}, tail {shapes[2]}; "
             "ids and probabilities must be [batch, tokens, k], the tail [batch, tokens]"
         )
+
+
+def _counted(student: Tensor, teacher: TopK, mask: Tensor | None) -> tuple[Tensor, TopK]:
+    """The rows of the flattened logits that count, and the teacher's distributions there in fp32 or better."""
+    refuse_other_shapes(student, teacher)
     tokens = student.shape[:-1].numel()
     rows = torch.arange(tokens, device=student.device) if mask is None else mask.flatten().nonzero().squeeze(-1)
     refuse_no_tokens(len(rows))
-    ids, probabilities, tail = (x.flatten(0, len(shapes[2]) - 1)[rows] for x in teacher)
+    ids, probabilities, tail = (x.flatten(0, student.ndim - 2)[rows] for x in teacher)
     dtype = wide_dtype(student)
     return rows, TopK(ids, probabilities.to(dtype), tail.to(dtype))
 
