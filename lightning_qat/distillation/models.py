@@ -1,6 +1,6 @@
 """Teacher and student of a distillation: how they are built, and how they come to the processes of a Trainer."""
 
-import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,46 +9,46 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_qat.distillation.deferred import DeferredWeights
+from lightning_qat.distillation.offload import is_offloaded
 from lightning_qat.distillation.sharding import shard
-from lightning_qat.generation import cast_parameters, check_causal_lm, load_causal_lm
+from lightning_qat.distillation.teachers import build_student, load_teacher, quantized_as
 from lightning_qat.generation.skeleton import causal_lm_skeleton
 
 Model = str | nn.Module | None
 
 
-def build_student(teacher: Any, teacher_name: Model, student: Model) -> nn.Module:
-    """The student, fp32 and in training mode.
+def build_models(settings: Mapping[str, Any], teacher: Model, student: Model) -> tuple[Any, Any]:
+    """(teacher or None, student), the teacher frozen and in eval mode, the student fp32 and in training mode.
 
     Args:
-        teacher: The teacher, built.
-        teacher_name: What the user called it.
-        student: Folder, hub id, a model in memory, or None for a copy of the teacher.
+        settings: The arguments of :class:`~lightning_qat.DistillationModule` that concern them.
+        teacher: What the user called it.
+        student: The same, or None for a copy of the teacher.
 
     Raises:
-        ValueError: It cannot be loaded, or is the teacher itself.
+        ValueError: They cannot be loaded, both are None, or settings exclude each other.
     """
-    if student is None:
-        same = isinstance(teacher_name, nn.Module) or next(teacher.parameters()).dtype == torch.float32
-        model = copy.deepcopy(teacher) if same else load_causal_lm(str(teacher_name), "float32")
-        return cast_parameters(model, torch.float32).requires_grad_(True).train()
-    if student is teacher and not isinstance(student, str):
-        raise ValueError("student: is the teacher itself; pass None for a copy of it")
-    model = load_causal_lm(student, "float32") if isinstance(student, str) else check_causal_lm(student, "student")
-    return cast_parameters(model, torch.float32).train()
+    if teacher is None and student is None:
+        raise ValueError("student: needed when teacher is None; pass a folder, a hub id or a causal language model, or give a teacher")
+    if (dtype := settings["param_dtype"]) not in (None, "bfloat16", "float16"):
+        raise ValueError(f"param_dtype: got {dtype!r}, expected 'bfloat16', 'float16' or None for the weights' own")
+    quantization, offload = settings["teacher_quantization"], settings["teacher_offload"]
+    if settings["defer_loading"]:
+        for name in ("teacher_quantization", "teacher_offload", "lora"):
+            if settings[name]:
+                raise ValueError(f"defer_loading: cannot be combined with {name}; load now, or leave {name} out")
+        return _skeletons(teacher, student, settings["teacher_dtype"])
+    frozen = None if teacher is None else load_teacher(teacher, settings["teacher_dtype"], quantization, offload)
+    return frozen, build_student(frozen, teacher, student)
 
 
-def skeletons(teacher: Model, student: Model, teacher_dtype: str) -> tuple[Any, Any]:
-    """(teacher or None, student) without weights.
-
-    Raises:
-        ValueError: One of them is a model in memory, or a dtype is not known.
-    """
+def _skeletons(teacher: Model, student: Model, teacher_dtype: str) -> tuple[Any, Any]:
     for field, value in (("teacher", teacher), ("student", student)):
         if isinstance(value, nn.Module):
             raise ValueError(f"defer_loading: {field} is a model in memory and has its weights; name it by folder or hub id, or load now")
     if teacher_dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"teacher_dtype: got {teacher_dtype!r}, expected 'float32', 'bfloat16' or 'float16' with defer_loading")
-    frozen = None if teacher is None else causal_lm_skeleton(str(teacher), getattr(torch, teacher_dtype))
+    frozen = None if teacher is None else causal_lm_skeleton(str(teacher), getattr(torch, teacher_dtype)).requires_grad_(False)
     return frozen, causal_lm_skeleton(str(teacher if student is None else student), torch.float32).train()
 
 
@@ -82,7 +82,11 @@ def distribute(module: Any) -> None:
 
 
 def _models(module: Any) -> list[tuple[nn.Module, str, torch.dtype | None]]:
-    """(model, its name, dtype to gather its weights in), the teacher first: its weights go before the student's come."""
-    names = module.hparams
-    student = (module.student, names.get("student") or names.get("teacher") or "", module.param_dtype)
-    return [student] if module.teacher is None else [(module.teacher, names.get("teacher") or "", None), student]
+    """(model, its name, dtype to gather its weights in), the teacher first: its weights go before the student's come.
+
+    A teacher in CPU memory stays there, and codes of a quantized one cannot be sharded.
+    """
+    names, teacher, dtype = module.hparams, module.teacher, module.hparams.param_dtype
+    student = (module.student, names.get("student") or names.get("teacher") or "", None if dtype is None else getattr(torch, dtype))
+    stays = teacher is None or is_offloaded(teacher) or quantized_as(teacher.config) is not None
+    return [student] if stays else [(teacher, names.get("teacher") or "", None), student]

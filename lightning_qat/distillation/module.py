@@ -1,27 +1,30 @@
 """Data-free distillation of a quantized student: LLM-QAT (arXiv 2305.17888), section 3.3."""
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_qat.distillation.batches import Batch, check_packing, read_batch
 from lightning_qat.distillation.lora import LoraSettings, add_lora
-from lightning_qat.distillation.models import build_student, distribute, skeletons
+from lightning_qat.distillation.models import build_models, distribute
+from lightning_qat.distillation.objective import Objective
+from lightning_qat.distillation.passes import check_head
+from lightning_qat.distillation.teachers import move_teacher, outside_ddp
 from lightning_qat.evaluation import TokenPerplexity
-from lightning_qat.generation import check_causal_lm, load_causal_lm
-from lightning_qat.losses import SoftCrossEntropy, TopK, divergence, most_probable
 from lightning_qat.modules import insert_quantizers, scheme_of
 from lightning_qat.modules.weights import WEIGHT_DTYPES, set_weight_dtypes, weight_dtypes
 from lightning_qat.scheme import QuantScheme
-from lightning_qat.twin import warn_of_twin
 
 
 class DistillationModule(pl.LightningModule):
@@ -40,20 +43,24 @@ class DistillationModule(pl.LightningModule):
     Args:
         teacher: Folder, hub id, ``tiny-teacher``, or a causal language model in memory; None trains from the distributions in the batches.
         student: The same, or None for a copy of the teacher.
-        loss: Called with (student logits, teacher logits or ``TopK``, mask of what counts); default the paper's soft cross-entropy.
+        loss: What to train on, one loss or several that are added up (:mod:`lightning_qat.losses`); default the paper's soft
+            cross-entropy. A module of your own is called with (student logits, teacher logits or ``TopK``, mask of what counts) and asks
+            for ``loss_chunk=None``. A loss of attention probabilities switches both models to eager attention.
         optimizer: Called with the student's parameters.
         lr_scheduler: Called with the optimizer; stepped once per optimizer step.
         gradient_checkpointing: Recompute the student's blocks in the backward pass: less memory, about a third more time.
         teacher_dtype: Dtype of a teacher loaded by name; the student's weights are always fp32.
+        teacher_quantization: ``nf4`` or ``int8``: load the teacher in 4 or 8 bits (bitsandbytes).
+        teacher_offload: Keep the teacher in CPU memory, and one of its blocks at a time on the device.
+        loss_chunk: Tokens whose logits exist at once, of teacher and student; None computes all at once.
+        lora: Train adapters on top of the quantized weights, and nothing else (:class:`~lightning_qat.distillation.LoraSettings`).
         defer_loading: Build teacher and student without weights and read them when the Trainer has its processes: rank 0 reads, and
             under ``ModelParallelStrategy`` every rank keeps its share of each block only. For models that not every process can hold.
         param_dtype: Dtype in which ``ModelParallelStrategy`` gathers the student's weights: ``bfloat16`` halves the traffic, and trains
             the grid of the rounded weights (checkpoints say so, and exports write it). None gathers them in fp32.
-        lora: Train LoRA adapters of the student (its linear layers) instead of its weights; needs the extra ``lora``. Call
-            :func:`~lightning_qat.merge_lora` before exporting.
 
     Raises:
-        ValueError: Teacher or student cannot be loaded, both are None, or their vocabularies differ.
+        ValueError: Teacher or student cannot be loaded, both are None, or their vocabularies differ; settings that exclude each other.
     """
 
     quantization_root = "student"
@@ -64,49 +71,40 @@ class DistillationModule(pl.LightningModule):
         self,
         teacher: str | nn.Module | None = None,
         student: str | nn.Module | None = None,
-        loss: nn.Module | None = None,
+        loss: nn.Module | list[nn.Module] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
         teacher_dtype: str = "float32",
-        defer_loading: bool = False,
-        param_dtype: str | None = None,
+        teacher_quantization: Literal["nf4", "int8"] | None = None,
+        teacher_offload: bool = False,
+        loss_chunk: int | None = 1024,
         lora: LoraSettings | None = None,
+        defer_loading: bool = False,
+        param_dtype: Literal["bfloat16", "float16"] | None = None,
     ) -> None:
         super().__init__()
-        warn_of_twin()
-        # Only plain values: torch refuses to load callables and modules from a checkpoint.
-        plain = {
+        given = {
             "teacher": teacher,
             "student": student,
             "gradient_checkpointing": gradient_checkpointing,
             "teacher_dtype": teacher_dtype,
+            "teacher_quantization": teacher_quantization,
+            "teacher_offload": teacher_offload,
+            "loss_chunk": loss_chunk,
+            "lora": None if lora is None else asdict(LoraSettings.parse(lora)),
             "defer_loading": defer_loading,
             "param_dtype": param_dtype,
         }
-        plain["lora"] = None if lora is None else vars(LoraSettings.parse(lora))
-        self.save_hyperparameters({k: v for k, v in plain.items() if v is None or isinstance(v, str | bool | dict)})
-        if teacher is None and student is None:
-            raise ValueError("student: needed when teacher is None; pass a folder, a hub id or a causal language model, or give a teacher")
-        if param_dtype not in (None, "bfloat16", "float16"):
-            raise ValueError(f"param_dtype: got {param_dtype!r}, expected 'bfloat16', 'float16' or None for the weights' own")
-        self.param_dtype = None if param_dtype is None else getattr(torch, param_dtype)
-        if defer_loading:
-            self.teacher, self.student = skeletons(teacher, student, teacher_dtype)
-        else:
-            self.teacher = load_causal_lm(teacher, teacher_dtype) if isinstance(teacher, str) else teacher
-            self.student = build_student(self.teacher, teacher, student)
-        if self.teacher is not None:
-            check_causal_lm(self.teacher, "teacher").requires_grad_(False).eval()
+        # Only plain values: torch refuses to load callables and modules from a checkpoint.
+        self.save_hyperparameters({k: v for k, v in given.items() if not isinstance(v, nn.Module)})
+        self.objective = Objective(loss, loss_chunk)
+        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        self.teacher, self.student = build_models(self.hparams, teacher, student)
         self._check_vocabularies()
         if lora is not None:
-            if defer_loading:
-                raise ValueError(
-                    "defer_loading: got True with lora, whose adapters are drawn before weights are read; leave one of them out"
-                )
             add_lora(self.student, LoraSettings.parse(lora))
-        self.loss = SoftCrossEntropy() if loss is None else loss
-        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        self._prepare_layers()
         if gradient_checkpointing:
             # Newer transformers renamed the method and warn about the old name.
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -114,6 +112,13 @@ class DistillationModule(pl.LightningModule):
         self.ppl_text, self.ppl_generated = TokenPerplexity(), TokenPerplexity()
         self.kl, self.top1 = MeanMetric(), MeanMetric()
         self._packing_checked = False
+
+    def _prepare_layers(self) -> None:
+        if self.objective.needs and self.teacher is None:
+            raise ValueError(f"loss: {self.objective.layers[0].name} compares layers with those of a teacher; pass teacher=")
+        if "attentions" in self.objective.needs:
+            for _, model in self._models():
+                model.set_attn_implementation("eager")  # no other returns probabilities
 
     def _check_vocabularies(self) -> None:
         own = self._vocab_size(self.student)
@@ -132,15 +137,31 @@ class DistillationModule(pl.LightningModule):
             self.teacher.eval()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DistillationModule":
+        """Move everything; what casts the student leaves the teacher as it was loaded."""
+        teacher, self.teacher = self.teacher, None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.teacher = teacher
+        move_teacher(teacher, fn)
+        return self
+
     @override
     def configure_model(self) -> None:
         """Under `ModelParallelStrategy` shard teacher and student, behind the quantizers; read the weights that were deferred."""
         vars(self).get("after_build", lambda: None)()  # put there by QuantizationCallback
         distribute(self)
+        self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in outside_ddp(self.teacher)]  # read by DDP
 
     @override
     def on_fit_start(self) -> None:
         """Refuse what would train for nothing."""
+        if isinstance(self.student, OptimizedModule):
+            raise MisconfigurationException(
+                "student: is wrapped by torch.compile, which gives its weights other names in checkpoints; call module.student.compile() "
+                "in place of module.student = torch.compile(module.student)"
+            )
         if scheme_of(self.student) is None:
             raise MisconfigurationException(
                 "DistillationModule: the student holds no quantizers; add QuantizationCallback(scheme) to the Trainer's callbacks"
@@ -151,6 +172,24 @@ class DistillationModule(pl.LightningModule):
             raise MisconfigurationException(f"data: tokens come from a vocabulary of {size}, the {who} has {own}; use the same teacher")
         if self.teacher is not None:
             warnings.filterwarnings("ignore", message=f"Found {sum(1 for _ in self.teacher.modules())} module.s. in eval mode")
+        if self.objective.chunk is not None:
+            for name, model in self._models():
+                check_head(model, name, self.device)
+        self._reshard()
+
+    def _models(self) -> list[tuple[str, Any]]:
+        return [(name, model) for name in ("student", "teacher") if (model := getattr(self, name)) is not None]
+
+    def _reshard(self) -> None:
+        """What lies outside the blocks is gathered by a forward pass and given back by a backward pass; some passes have none."""
+        for _, model in self._models():
+            if isinstance(model, FSDPModule):
+                model.reshard()
+
+    @override
+    def on_validation_end(self) -> None:
+        """Give back what validation has gathered."""
+        self._reshard()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         """The student's logits, [batch, tokens, vocabulary]."""
@@ -165,33 +204,28 @@ class DistillationModule(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """One batch of generated samples."""
         read = self._read(batch)
-        logits, teacher = self(**read.inputs), self._teacher_of(read)
-        loss = self.loss(logits, teacher, read.counts)
+        # The loss moves with the entropy of each batch; what training can change is the KL divergence.
+        values = self.objective(self.student, self.teacher, read, ("kl",) if self._logs_now() and self._has_teacher(read) else ())
+        loss = values.pop("loss")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(read.ids))
-        if self._logs_now():
-            # The loss moves with the entropy of each batch; what training can change is the KL divergence.
-            self.log("train/kl", divergence(logits.detach(), teacher, read.counts), batch_size=len(read.ids))
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(read.ids))
         return loss
 
     def _read(self, batch: Any) -> Batch:
         read = read_batch(batch)
         if read.positions is not None and not self._packing_checked:
-            for model in (self.student, self.teacher):
-                if model is not None:
-                    check_packing(model)
+            for _, model in self._models():
+                check_packing(model)
             self._packing_checked = True
-        return read
-
-    def _teacher_of(self, batch: Batch) -> Tensor | TopK:
-        """The teacher's own logits where there is a teacher, for they are exact; else what the batch holds."""
-        if self.teacher is not None:
-            return self.teacher_logits(**batch.inputs)
-        if batch.teacher is None:
+        if self.objective.needs_teacher and not read.is_text and not self._has_teacher(read):
             raise MisconfigurationException(
                 "data: the batch holds no distributions of a teacher, and DistillationModule has no teacher; "
                 "set teacher_logits=32 in SyntheticDataModule, or pass teacher= to DistillationModule"
             )
-        return batch.teacher
+        return read
+
+    def _has_teacher(self, batch: Batch) -> bool:
+        return self.teacher is not None or batch.teacher is not None
 
     def _logs_now(self) -> bool:
         trainer = getattr(self, "_trainer", None)
@@ -201,19 +235,19 @@ class DistillationModule(pl.LightningModule):
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Generated samples against the teacher; real text on its own."""
         read = self._read(batch)
-        logits = self(**read.inputs)
         options: dict[str, Any] = {"batch_size": len(read.ids), "add_dataloader_idx": False}
         if read.is_text:
-            self.ppl_text.update(logits, read.ids, read.scored)
+            self.ppl_text.add(*self.objective.nats(self.student, read))
             self.log("val/ppl_text", self.ppl_text, prog_bar=True, **options)
             return
-        teacher, tokens = self._teacher_of(read), read.counts.sum()
-        self.ppl_generated.update(logits, read.ids, read.scored)
-        self.kl.update(divergence(logits, teacher, read.counts), tokens)
-        self.top1.update((logits.argmax(-1) == most_probable(teacher))[read.counts.bool()].float().mean(), tokens)
+        self.ppl_generated.add(*self.objective.nats(self.student, read))
         self.log("val/ppl_generated", self.ppl_generated, **options)
-        self.log("val/kl", self.kl, prog_bar=True, **options)
-        self.log("val/top1", self.top1, **options)
+        if self._has_teacher(read):
+            tokens = read.counts.sum()
+            for name, value in self.objective.measure(self.student, self.teacher, read, ("kl", "top1")).items():
+                metric = getattr(self, name)
+                metric.update(value, tokens)
+                self.log(f"val/{name}", metric, prog_bar=name == "kl", **options)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -258,4 +292,5 @@ class DistillationModule(pl.LightningModule):
 
 def _logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
     positions = {} if position_ids is None else {"position_ids": position_ids}  # not every model takes them
-    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).logits
+    logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).logits
+    return logits

@@ -32,7 +32,10 @@ class TokenPerplexity(Metric):
 
     def update(self, logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch: logits [batch, tokens, vocabulary], ids and mask [batch, tokens]."""
-        nats, tokens = next_token_nll(logits, input_ids, mask)
+        self.add(*next_token_nll(logits, input_ids, mask))
+
+    def add(self, nats: Tensor, tokens: Tensor) -> None:
+        """Add a sum of negative log-likelihoods over so many tokens."""
         self.nats += nats
         self.tokens += tokens
 

@@ -27,8 +27,10 @@ class _QuantConv(QuantLayer, _ConvBase):
 
     def quantized_input(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A token of a convolution is a whole sample: one scale for all its channels and positions."""
-        if self.input_quantizer is None or not self.input_quantizer.enabled:
+        if self.input_quantizer is None:
             return x
+        if not self.input_quantizer.enabled:
+            return self.input_quantizer.bypass(x)
         samples = x.flatten(1) if x.dim() == len(self.kernel_size) + 2 else x.reshape(1, -1)
         values = super().quantized_input(samples, dtype).view(x.shape)
         layout = torch.channels_last

@@ -52,7 +52,7 @@ def insert_quantizers(model: nn.Module, scheme: str | QuantScheme, *, allow_part
     for _, module, kv in plan.attention:
         if kv_of(module) is None:
             attach_kv(module, kv)
-    _share_inputs(model)
+    share_inputs(model)
     for module in model.modules():
         if _is_quantized(module):
             close_side_doors(module)
@@ -108,7 +108,7 @@ def _refuse_other_scheme(model: nn.Module, scheme: QuantScheme) -> None:
         )
 
 
-def _share_inputs(model: nn.Module) -> None:
+def share_inputs(model: nn.Module) -> None:
     """Group siblings that read the same input with the same quantizer and no gradient mask of their own."""
     for parent in model.modules():
         for names in SIBLINGS:

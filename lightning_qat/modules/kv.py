@@ -62,7 +62,7 @@ class KVQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize k or v, same shape; the last axis of what the quantizer sees is what shares a scale."""
         if not self.quantizer.enabled:
-            return x
+            return self.quantizer.bypass(x)
         if self.spec.granularity == "token_head":
             if self.layout == "btD":
                 return self.quantizer(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)

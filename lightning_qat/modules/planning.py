@@ -10,6 +10,7 @@ from lightning_qat.modules import conv, embedding, linear  # noqa: F401  they re
 from lightning_qat.modules.experts import experts_class
 from lightning_qat.modules.kv import cannot_quantize, is_attention, kv_of
 from lightning_qat.modules.layer import LAYERS, QuantLayer
+from lightning_qat.modules.lora import adapted_layers, check_adapters, lora_class
 from lightning_qat.modules.matching import Matcher
 from lightning_qat.modules.packed import PackedWeight
 from lightning_qat.modules.report import MINIMUM_COVERAGE, InsertionReport, LeftAlone, QuantizedAttention, QuantizedLayer
@@ -31,15 +32,21 @@ def plan_insertion(model: nn.Module, scheme: QuantScheme, final: bool) -> Plan:
     """Decide for every module with matrix weights, and every attention module, what the scheme means for it.
 
     Raises:
-        ValueError: A spec that a layer cannot have, or (with `final`) a pattern that matches nothing.
+        ValueError: A spec that a layer cannot have, an adapter that cannot be quantized, or (with `final`) a pattern that matches nothing.
     """
+    check_adapters(model)
+    adapted = {id(layer): layer for _, layer in adapted_layers(model)}
+    parts = {id(part) for layer in adapted.values() for part in layer.modules()} - adapted.keys()
     matcher = Matcher(model, scheme)
     plan = Plan(layers=[], attention=[], left_alone=[])
     seen: set[int] = set()
     for name, module in model.named_modules():
+        if id(module) in parts:  # the layer they make up stands for them
+            continue
         if is_attention(module):
             _plan_attention(plan, matcher, name, module)
-        owned = {id(p): p for p in module.parameters(recurse=False) if p.ndim >= 2}
+        own = module.parameters(recurse=False) if id(module) not in adapted else [adapted[id(module)].base_layer.weight]
+        owned = {id(p): p for p in own if p.ndim >= 2}
         packed = any(isinstance(child, PackedWeight) for child in module.children())
         if owned or packed:
             elements = sum(p.numel() for key, p in owned.items() if key not in seen)
@@ -72,7 +79,7 @@ def _plan_layer(plan: Plan, matcher: Matcher, name: str, module: nn.Module, elem
         input = input if module.input_granularities else None
         plan.layers.append((name, module, weight, input))
         return None
-    cls = LAYERS.get(type(module)) or experts_class(type(module))
+    cls = LAYERS.get(type(module)) or experts_class(type(module)) or lora_class(type(module))
     if cls is None:
         return leave(_why_not(module), False)
     if (reason := cls.check(module)) is not None:
@@ -123,13 +130,17 @@ def _check_specs(name: str, module: Any, cls: type[QuantLayer], weight: TensorSp
 def report_plan(plan: Plan) -> InsertionReport:
     """The report of a plan, before it is carried out."""
     layers = [
-        QuantizedLayer(name=name, type=type(module).__name__.removeprefix("Quant"), weight=weight, input=input, elements=_elements(module))
+        QuantizedLayer(name=name, type=_float_type(module).__name__, weight=weight, input=input, elements=_elements(module))
         for name, module, weight, input in plan.layers
     ]
     attention = [QuantizedAttention(name=name, type=type(module).__name__, kv=kv) for name, module, kv in plan.attention]
     inserted = sum(not isinstance(module, QuantLayer) for _, module, _, _ in plan.layers)
     inserted += sum(kv_of(module) is None for _, module, _ in plan.attention)
     return InsertionReport(layers=tuple(layers), attention=tuple(attention), left_alone=tuple(plan.left_alone), inserted=inserted)
+
+
+def _float_type(module: nn.Module) -> type[nn.Module]:
+    return module.float_type if isinstance(module, QuantLayer) else type(module)
 
 
 def _elements(module: nn.Module) -> int:
