@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_qat.callbacks import QuantizationCallback
     from lightning_qat.data import SyntheticDataModule
-    from lightning_qat.distillation import DistillationModule
+    from lightning_qat.distillation import DistillationModule, LoraSettings
     from lightning_qat.formats import export, load_quantized
-    from lightning_qat.modules import insert_quantizers, named_quantizers, quantizers_disabled, remove_quantizers
+    from lightning_qat.modules import insert_quantizers, merge_lora, named_quantizers, quantizers_disabled, remove_quantizers
     from lightning_qat.quantizers import fake_quantize, quantize_tensor
     from lightning_qat.scheme import QuantScheme
     from lightning_qat.specs import KVSpec, TensorSpec
@@ -21,6 +21,7 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "DistillationModule": "distillation",
     "KVSpec": "specs",
+    "LoraSettings": "distillation",
     "QuantScheme": "scheme",
     "QuantizationCallback": "callbacks",
     "SyntheticDataModule": "data",
@@ -29,6 +30,7 @@ _HOMES = {
     "fake_quantize": "quantizers",
     "insert_quantizers": "modules",
     "load_quantized": "formats",
+    "merge_lora": "modules",
     "named_quantizers": "modules",
     "quantize_tensor": "quantizers",
     "quantizers_disabled": "modules",
@@ -38,6 +40,7 @@ _HOMES = {
 __all__ = [
     "DistillationModule",
     "KVSpec",
+    "LoraSettings",
     "QuantScheme",
     "QuantizationCallback",
     "SyntheticDataModule",
@@ -46,6 +49,7 @@ __all__ = [
     "fake_quantize",
     "insert_quantizers",
     "load_quantized",
+    "merge_lora",
     "named_quantizers",
     "quantize_tensor",
     "quantizers_disabled",

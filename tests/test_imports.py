@@ -21,7 +21,7 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_every_public_name_works_without_optional_packages():
     done = python(
         "import sys\n"
-        "for name in ('bitsandbytes', 'triton', 'torchao'):\n"
+        "for name in ('bitsandbytes', 'triton', 'torchao', 'peft'):\n"
         "    sys.modules[name] = None\n"
         "import lightning_qat, lightning_qat.formats, lightning_qat.numerics.fake_quantize, lightning_qat.cli.commands\n"
         "import torch\n"

@@ -13,10 +13,12 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.arming import Arming
 from lightning_qat.callbacks.neighbours import check_neighbours, check_package
+from lightning_qat.callbacks.precision import warn_lost_updates
 from lightning_qat.callbacks.random_state import RandomState
-from lightning_qat.callbacks.reach import ReachProbe
+from lightning_qat.callbacks.reach import ReachProbe, is_compiled
 from lightning_qat.callbacks.reuse import WeightReuse
 from lightning_qat.callbacks.strategies import adapter_of
+from lightning_qat.callbacks.unfinished import refuse_unfinished_schedules
 from lightning_qat.modules import InsertionReport, insert_quantizers, named_quantizers, use_int8_forward
 from lightning_qat.modules.insertion import REACHED_ATTRIBUTE
 from lightning_qat.modules.layer import quant_layers
@@ -39,6 +41,8 @@ class QuantizationCallback(Callback):
     Note:
         Checkpoints hold the float weights under their own names. A Trainer without this callback, or ``load_from_checkpoint`` of a module
         other than :class:`~lightning_qat.DistillationModule`, gives the float model: call ``insert_quantizers(module, scheme)`` after it.
+
+        One for a Trainer: a scheme describes weights, inputs, keys and values together, so give the first callback what a second would hold.
 
         A module that shards inside ``configure_model`` (FSDP2) calls ``self.after_build()`` between building and sharding.
 
@@ -143,6 +147,7 @@ class QuantizationCallback(Callback):
             )
         if (held := adapter.optimized(trainer)) is not None:
             self._check_optimizers(root, held)
+        warn_lost_updates(trainer, root)
         if trainer.accumulate_grad_batches > 1:
             self._reuse.start(trainer, root, training=True)
         self._random.restore(trainer)
@@ -184,6 +189,9 @@ class QuantizationCallback(Callback):
             missed = self._probe.missed()
             vars(quantization_root(pl_module))[REACHED_ATTRIBUTE] = not missed
             if not missed:
+                return
+            if not self._probe.eager and is_compiled(pl_module):
+                self._probe = ReachProbe(quantization_root(pl_module), eager=True)  # a graph of before calls no hooks: look once more
                 return
             message = (
                 f"{len(missed)} quantized layers were not called by the first batch, the first are {missed[:3]}; if the model bypasses "
@@ -233,6 +241,7 @@ class QuantizationCallback(Callback):
     @override
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on with the grid that was trained, also under a strategy that rounds nothing."""
+        refuse_unfinished_schedules(trainer, checkpoint)
         set_weight_dtypes(quantization_root(pl_module), checkpoint.get(WEIGHT_DTYPES, {}))
         if trainer.state.fn == TrainerFn.FITTING:
             self._random.load(trainer, checkpoint)

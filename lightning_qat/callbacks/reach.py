@@ -1,9 +1,11 @@
 """Which quantized layers a forward pass really goes through, and in which dtype they see their weights."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_qat.modules.kv import KVQuantizer
 from lightning_qat.modules.layer import QuantLayer
@@ -14,12 +16,19 @@ class ReachProbe:
 
     Torch's fused inference paths and attention that reads `layer.weight` skip the layer's forward. A module of experts
     counts as one layer, whichever of its experts were routed to (:func:`~lightning_qat.modules.experts.expert_coverage`).
+
+    Args:
+        root: Where the layers are.
+        eager: Suspend ``torch.compile`` meanwhile. A graph keeps the hooks of its trace, also when another module of the same code uses it.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, eager: bool = False) -> None:
         self._watched = {name: module for name, module in root.named_modules() if isinstance(module, QuantLayer | KVQuantizer)}
         self._seen: set[int] = set()
         self._dtypes: dict[QuantLayer, torch.dtype] = {}
+        self.eager, self._stance = eager, ExitStack()
+        if eager:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
         self._handles = [module.register_forward_pre_hook(self._note) for module in self._watched.values()]
 
     @property
@@ -37,6 +46,7 @@ class ReachProbe:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._stance.close()
 
     def note_rounded_weights(self) -> None:
         """A strategy may hand layers a rounded copy of their weights; then that is what is quantized, here and wherever they are loaded."""
@@ -47,3 +57,9 @@ class ReachProbe:
     def missed(self) -> list[str]:
         """Names of layers that were not called."""
         return [name for name, module in self._watched.items() if id(module) not in self._seen]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` was applied to a LightningModule, or to a module inside it."""
+    parts = any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in module.modules())
+    return parts or getattr(module, "_compiler_ctx", None) is not None

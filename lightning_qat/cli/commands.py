@@ -25,7 +25,7 @@ from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_
 from lightning_qat.formats import export as export_model
 from lightning_qat.formats import load_quantized
 from lightning_qat.generation import load_causal_lm, load_tokenizer
-from lightning_qat.modules import cached_weights, insert_quantizers
+from lightning_qat.modules import cached_weights, insert_quantizers, merge_lora
 
 
 def quantize(model: str, scheme: str, out: str, allow_partial: bool = False) -> None:
@@ -102,7 +102,7 @@ def _load_checkpoint(path: str) -> DistillationModule:
     if not Path(path).is_file():
         raise ValueError(f"checkpoint: no file at {path!r}")
     try:
-        return DistillationModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        module = DistillationModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except (TypeError, ValueError) as error:
         if isinstance(error, ValueError) and not str(error).startswith("student: needed"):
             raise
@@ -112,6 +112,9 @@ def _load_checkpoint(path: str) -> DistillationModule:
         ) from error
     except (RuntimeError, KeyError, UnpicklingError) as error:
         raise ValueError(f"checkpoint: {path!r} is not a checkpoint of a DistillationModule: {error}") from error
+    if module.hparams.get("lora"):
+        merge_lora(module.student)
+    return module
 
 
 def _load_any(model: str) -> tuple[Any, Any]:

@@ -28,6 +28,7 @@ from lightning_qat.generation import CallableTeacher, GenerationSettings, Genera
 from lightning_qat.generation.filters import FilterReport
 from lightning_qat.generation.sample import SampleSource
 from lightning_qat.generation.teacher import tokenizer_fingerprint
+from lightning_qat.twin import warn_of_twin
 
 
 class SyntheticDataModule(pl.LightningDataModule):
@@ -123,6 +124,7 @@ class SyntheticDataModule(pl.LightningDataModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        warn_of_twin()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # of little that is missing, some ranks may have nothing to write
         # The three that are Any are numbers from setup on.
         self.num_samples: Any = num_samples
@@ -288,18 +290,19 @@ class SyntheticDataModule(pl.LightningDataModule):
         """Batches in an order that depends on `seed` and the epoch; a resumed epoch goes on where it was left."""
         ranks = Ranks(self.trainer)
         if self._stream is not None:
-            order: EpochOrder = StreamOrder(self._stream.plan, self._consumed)
+            order: EpochOrder = StreamOrder(self._stream.plan, self._place)
         elif self._mix is not None:
-            order = MixedOrder(*self._mix, self.seed, self._consumed, ranks.world, ranks.rank)
+            order = MixedOrder(*self._mix, self.seed, self._place, ranks.world, ranks.rank)
         else:
-            order = EpochOrder(len(self.train_dataset), self.seed, self._consumed, ranks.world, ranks.rank)
+            order = EpochOrder(len(self.train_dataset), self.seed, self._place, ranks.world, ranks.rank)
         return self._loader(self.train_dataset, sampler=order)
 
-    def _consumed(self) -> int:
-        """This rank's samples of the epoch that were trained on before the run was interrupted."""
+    def _place(self) -> tuple[int, int] | None:
+        """The epoch, and this rank's samples of it that were trained on before the run was interrupted."""
         if self.trainer is None or not self.trainer.training:
-            return 0
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.completed) * self.batch_size
+            return None
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return self.trainer.current_epoch, int(done) * self.batch_size
 
     def val_dataloader(self) -> list[DataLoader[dict[str, Any]]]:
         """Generated samples that are never trained on, and windows of real text; each where there are any."""

@@ -11,24 +11,30 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 
+Place = tuple[int, int]  # an epoch, and how many of this rank's samples of it were used up before
+
+
 class EpochOrder(DistributedSampler[int]):
     """A permutation per epoch, of which every rank takes its share; Lightning leaves a distributed sampler as it is.
 
     Args:
         size: Number of samples.
         seed: Seed of all epochs.
-        consumed: Called when an epoch begins; how many of this rank's samples were used up before.
+        place: Called when an epoch begins; where it begins. None where nobody counts: then it is the epoch that was set, from its start.
         world: Number of ranks.
         rank: This rank.
         options: Of the distributed sampler.
     """
 
-    def __init__(self, size: int, seed: int, consumed: Callable[[], int], world: int = 1, rank: int = 0, **options: Any) -> None:
+    def __init__(self, size: int, seed: int, place: Callable[[], Place | None], world: int = 1, rank: int = 0, **options: Any) -> None:
         super().__init__(range(size), num_replicas=world, rank=rank, seed=seed, **options)  # type: ignore[arg-type]
-        self.consumed = consumed
+        self.place = place
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.islice(super().__iter__(), self.consumed(), None)
+        # Lightning sets the number of a resumed epoch one too high where `max_steps` is set and the checkpoint is of an epoch's end.
+        epoch, used = self.place() or (self.epoch, 0)
+        self.set_epoch(epoch)
+        return itertools.islice(super().__iter__(), used, None)
 
 
 class MixedOrder(EpochOrder):
@@ -48,8 +54,9 @@ class MixedOrder(EpochOrder):
         self.round = torch.randperm(others, generator=torch.Generator().manual_seed(seed)).tolist()
 
     def __iter__(self) -> Iterator[int]:
+        places = super().__iter__()
         first = self.epoch * self.shown - self.size
-        for place in super().__iter__():
+        for place in places:
             yield place if place < self.size else self.size + self.round[(first + place) % len(self.round)]
 
 
@@ -86,19 +93,36 @@ class StreamOrder(EpochOrder):
 
     Args:
         plan: Which samples this rank trains on.
-        consumed: As in :class:`EpochOrder`.
+        place: As in :class:`EpochOrder`.
     """
 
-    def __init__(self, plan: StreamPlan, consumed: Callable[[], int]) -> None:
-        super().__init__(plan.size, 0, consumed, plan.world, plan.rank, shuffle=False, drop_last=True)
+    def __init__(self, plan: StreamPlan, place: Callable[[], Place | None]) -> None:
+        super().__init__(plan.size, 0, place, plan.world, plan.rank, shuffle=False, drop_last=True)
         self.plan = plan
 
     def __iter__(self) -> Iterator[int]:
-        return (self.plan.number(self.epoch, position) for position in super().__iter__())
+        positions = super().__iter__()
+        return (self.plan.number(self.epoch, position) for position in positions)
 
 
 class ResumableLoader(DataLoader[dict[str, Any]]):
-    """A loader that tells Lightning it can resume; its position is the trainer's, so it has none to save."""
+    """A loader that tells Lightning it can resume; its position is the trainer's, so it has none to save.
+
+    It draws no random number of the process, so that a resumed run, which needs one iterator more, draws what the whole run drew.
+
+    Args:
+        options: As in :class:`~torch.utils.data.DataLoader`.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"generator": torch.Generator(), **options})
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """Nothing happens before the first batch is wanted.
+
+        Worker processes would begin at once, and Lightning makes the iterator before it knows where a resumed epoch goes on.
+        """
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""

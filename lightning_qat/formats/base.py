@@ -11,6 +11,7 @@ from lightning_qat.modules import scheme_of
 from lightning_qat.modules.insertion import quantized_roots
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.modules.lora import adapted_layers, check_adapters
+from lightning_qat.modules.weights import layer_weights
 from lightning_qat.registry import Registry
 
 
@@ -41,7 +42,8 @@ def export(model: nn.Module, path: str | Path, format: str = "native", drop: tup
         The folder.
 
     Raises:
-        ValueError: Unknown format, a model without quantizers or with LoRA adapters, a folder that is not empty or cannot be written.
+        ValueError: Unknown format, a model without quantizers, with LoRA adapters or pruning masks, a folder that is not empty or cannot be
+            written.
     """
     writer = formats.get(format)()
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
@@ -63,6 +65,11 @@ def export(model: nn.Module, path: str | Path, format: str = "native", drop: tup
     if (adapted := next(adapted_layers(model), None)) is not None:
         check_adapters(model)
         raise ValueError(f"export: {adapted[0]} has an adapter beside its weight; call lightning_qat.merge_lora(model) first")
+    if masked := [weight.key for weight in layer_weights(model) if f"{weight.parameter}_mask" in weight.layer._buffers]:
+        raise ValueError(
+            f"export: {masked[0]} is under a pruning mask; make it permanent first: torch.nn.utils.prune.remove(layer, name), which "
+            "ModelPruning does at the end of training unless make_pruning_permanent=False"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"path: {str(target)!r} exists and is not an empty folder; choose another one")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")

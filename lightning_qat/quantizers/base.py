@@ -29,11 +29,25 @@ def blocking_of(spec: TensorSpec) -> Blocking:
     return Blocking() if spec.axis is None else Blocking(share="axis", axis=spec.axis)
 
 
+class _Bypass(torch.autograd.Function):
+    """The first argument, and zeros for the gradients of the others."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
 class Quantizer(nn.Module, ABC):
     """Base class of quantizers.
 
     A subclass says which grid its bits mean and how a block of values gets its range. It is stateless unless it learns or remembers
-    something: then parameters and buffers are created here with their final shapes, fp32 and at least 1-d.
+    something: then parameters and buffers are created here with their final shapes, fp32 and at least 1-d. They stay fp32 when the model
+    is cast: a rounded scale would be another grid.
 
     Args:
         spec: What to do; its `options` must be fields of the subclass's `Options`.
@@ -111,12 +125,26 @@ class Quantizer(nn.Module, ABC):
         """
         compute_dtype(x)  # refuses what is not floating point
         if not self.enabled or x.numel() == 0:
-            return x
+            return self.bypass(x)
         scale = zero_point = None
         if not self._finds_on_the_way:
             with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
                 scale, zero_point = self.scale_and_zero_point(self.blocking.rows(x))
         return fake_quantize_with(x, scale, zero_point, self.how, dtype)
+
+    def bypass(self, x: Tensor) -> Tensor:
+        """`x` as it is. Parameters stay in the graph with a gradient of zeros: DDP waits for one from each of them."""
+        return _Bypass.apply(x, *self.parameters()) if self.learns and torch.is_grad_enabled() else x
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Quantizer":
+        """Move, but never cast."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
 
     @property
     def _finds_on_the_way(self) -> bool:
@@ -171,8 +199,15 @@ quantizers: Registry[type[Quantizer]] = Registry("TensorSpec.quantizer", "lightn
 
 
 def build_quantizer(spec: TensorSpec) -> Quantizer:
-    """The quantizer that a spec names."""
-    return quantizers.get(spec.quantizer)(spec)
+    """The quantizer that a spec names, in fp32 also where new tensors are bf16 (Lightning's `bf16-true` builds models like that)."""
+    cls, default = quantizers.get(spec.quantizer), torch.get_default_dtype()
+    if default in (torch.float32, torch.float64):
+        return cls(spec)
+    torch.set_default_dtype(torch.float32)
+    try:
+        return cls(spec)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def fake_quantize(x: Tensor, spec: TensorSpec) -> Tensor:

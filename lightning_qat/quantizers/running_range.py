@@ -15,6 +15,9 @@ class RunningRange(nn.Module):
 
     Args:
         momentum: Weight of the past.
+
+    Attributes:
+        frozen: Whether batches leave the range as it is (:func:`freeze_ranges`).
     """
 
     low: Tensor
@@ -25,7 +28,7 @@ class RunningRange(nn.Module):
 
     def __init__(self, momentum: float) -> None:
         super().__init__()
-        self.momentum = momentum
+        self.momentum, self.frozen = momentum, False
         for name in ("low", "high", "batches"):
             self.register_buffer(name, torch.zeros(1))
         self.register_buffer("batch_low", torch.full((1,), torch.inf), persistent=False)
@@ -44,7 +47,7 @@ class RunningRange(nn.Module):
     def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The range to use for a tensor with range (low, high), each [1, 1]; not finite if that is not."""
         finite = low.isfinite() & high.isfinite()
-        if self.training:
+        if self.training and not self.frozen:
             self.batch_low.copy_(torch.where(finite, torch.minimum(self.batch_low, low), self.batch_low).view(1))
             self.batch_high.copy_(torch.where(finite, torch.maximum(self.batch_high, high), self.batch_high).view(1))
         known = finite & (self.batches > 0)
@@ -62,8 +65,16 @@ class RunningRange(nn.Module):
         self.low.mul_(momentum).add_(self.batch_low, alpha=1 - momentum)
         self.high.mul_(momentum).add_(self.batch_high, alpha=1 - momentum)
         self.batches.add_(1)
+        self._forget_batch()
+
+    def _forget_batch(self) -> None:
         self.batch_low.fill_(torch.inf)
         self.batch_high.fill_(-torch.inf)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """What was seen before and not merged, as in the trial runs of Lightning's finders, is no part of the loaded range."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget_batch()
 
 
 def merge_ranges(model: nn.Module) -> None:
@@ -71,3 +82,10 @@ def merge_ranges(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, RunningRange):
             module.merge()
+
+
+def freeze_ranges(model: nn.Module, frozen: bool = True) -> None:
+    """Every static quantizer in `model` keeps its range from now on, also in training; with `frozen=False` it follows again."""
+    for module in model.modules():
+        if isinstance(module, RunningRange):
+            module.frozen = frozen

@@ -39,7 +39,7 @@ def split(batches):
 
 @pytest.mark.parametrize(("others", "shown"), [(10, 4), (10, 10), (3, 8), (1, 5)])
 def test_text_goes_round_and_round(others, shown):
-    order, seen = MixedOrder(6, others, shown, 0, lambda: 0), []
+    order, seen = MixedOrder(6, others, shown, 0, lambda: None), []
     for epoch in range(5):
         order.set_epoch(epoch)
         places = list(order)
@@ -48,8 +48,8 @@ def test_text_goes_round_and_round(others, shown):
         seen += [place - 6 for place in places if place >= 6]
         counts = [seen.count(other) for other in range(others)]
         assert max(counts) - min(counts) <= 1  # everything once before anything twice
-    orders = [MixedOrder(6, others, shown, 0, lambda: 0, 2, rank) for rank in (0, 1)]
-    assert sorted(set(orders[0]) | set(orders[1])) == sorted(set(MixedOrder(6, others, shown, 0, lambda: 0)))
+    orders = [MixedOrder(6, others, shown, 0, lambda: None, 2, rank) for rank in (0, 1)]
+    assert sorted(set(orders[0]) | set(orders[1])) == sorted(set(MixedOrder(6, others, shown, 0, lambda: None)))
 
 
 @pytest.fixture(scope="module")

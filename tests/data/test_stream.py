@@ -59,7 +59,7 @@ def test_no_epoch_repeats_another_and_none_shows_validation_samples(size, held_b
     seen, onwards = [], []
     for rank in range(world):
         plan = StreamPlan(size, held_back, world, rank)
-        order, mine = StreamOrder(plan, lambda: 0), []
+        order, mine = StreamOrder(plan, lambda: None), []
         for epoch in range(4):
             order.set_epoch(epoch)
             mine += list(order)
