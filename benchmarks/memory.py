@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def measure(workload: Workload, mode: str, name: str, device: str) -> dict[str, 
         del plain
     step = make_step(workload, model, inputs, make_optimizer(model), mode, device)
     step()  # compiles what there is to compile and makes the optimizer's state
+    return peak_of(step, device)
+
+
+def peak_of(step: Callable[[], object], device: str) -> dict[str, int]:
+    """Bytes alive before a call, and at its peak."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -68,9 +74,13 @@ def measure(workload: Workload, mode: str, name: str, device: str) -> dict[str, 
 
 def in_fresh_process(workload: Workload, mode: str, name: str, device: str) -> dict[str, int]:
     """:func:`measure` in a process of its own."""
-    request = json.dumps({"workload": vars(workload), "mode": mode, "name": name, "device": device})
+    return run_module("benchmarks.memory", {"workload": vars(workload), "mode": mode, "name": name, "device": device})
+
+
+def run_module(module: str, request: dict[str, Any]) -> dict[str, int]:
+    """What a module prints, as JSON, when it is run with a request as its argument; freed tensors leave its resident set at once."""
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", request],
+        [sys.executable, "-m", module, json.dumps(request)],
         env={**os.environ, **EXACT},
         cwd=Path(__file__).parent.parent,
         capture_output=True,

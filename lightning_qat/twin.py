@@ -7,7 +7,7 @@ import sys
 import warnings
 
 TWIN = "pytorch_lightning"
-FIX = "replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`, and `from pytorch_lightning` by `from lightning.pytorch`"
+FIX = "replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`, also in `from ... import`"
 
 
 def is_twin(thing: object) -> bool:
@@ -17,11 +17,11 @@ def is_twin(thing: object) -> bool:
 
 def twin_message(thing: object) -> str:
     """What is wrong with an object for which :func:`is_twin` holds, and what to change."""
-    return f"{type(thing).__name__} comes from the package {TWIN}, lightning_qat works with lightning.pytorch, and the two do not mix: {FIX}"
+    return f"{type(thing).__name__} comes from {TWIN}, lightning_qat works with lightning.pytorch, and the two do not mix: {FIX}"
 
 
 def warn_of_twin() -> None:
     """Warn whoever builds one of our objects in a process that has imported the twin; Lightning's own checks come before any hook."""
     if TWIN in sys.modules:
-        message = f"{TWIN} is imported here; lightning_qat works with lightning.pytorch, whose classes are others. If an error follows, {FIX}"
+        message = f"{TWIN} is imported; lightning_qat works with lightning.pytorch, whose classes are others. If an error follows, {FIX}"
         warnings.warn(message, stacklevel=3)

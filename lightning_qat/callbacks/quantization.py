@@ -42,7 +42,7 @@ class QuantizationCallback(Callback):
         Checkpoints hold the float weights under their own names. A Trainer without this callback, or ``load_from_checkpoint`` of a module
         other than :class:`~lightning_qat.DistillationModule`, gives the float model: call ``insert_quantizers(module, scheme)`` after it.
 
-        One for a Trainer: a scheme describes weights, inputs, keys and values together, so give the first callback what a second would hold.
+        One for a Trainer: a scheme describes weights, inputs, keys and values together, so give the first what a second would hold.
 
         A module that shards inside ``configure_model`` (FSDP2) calls ``self.after_build()`` between building and sharding.
 

@@ -80,6 +80,11 @@ class Schedule(Callback, ABC):
         self._module = None
 
     @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the module."""
+        self._module = None
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the sanity check: the state of a checkpoint that was loaded by now, else that of the Trainer's step."""
         self._reach(pl_module, trainer.global_step if self.active_step is None else self.active_step)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from lightning_qat.cli.demo import demo
 from lightning_qat.cli.errors import CommandParser, brief
 from lightning_qat.cli.fit import run_trainer_command
 from lightning_qat.cli.generate import generate, report
+from lightning_qat.cli.plan import plan
 from lightning_qat.distillation import DistillationModule
 from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_windows
 from lightning_qat.formats import export as export_model
@@ -134,11 +136,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "report": report,
     "demo": demo,
+    "plan": plan,
 }
 
 
 def _with_switches(function: Callable[..., None], args: Sequence[str]) -> list[str]:
     """``--resume`` means ``--resume true`` where that is an option of type bool."""
+    if "fit_config" in inspect.signature(function).parameters:  # jsonargparse keeps --config to itself
+        args = [re.sub("^--config(?==|$)", "--fit_config", arg) for arg in args]
     switches = {f"--{name}" for name, parameter in inspect.signature(function).parameters.items() if parameter.annotation is bool}
     following = [*args, "--"][1:]
     return [part for arg, after in zip(args, following, strict=True) for part in ([arg, "true"] if _bare(arg, after, switches) else [arg])]

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -44,11 +45,27 @@ class QATCli(LightningCLI):
         parser.add_lightning_class_args(QuantizationCallback, "quantization")
 
     def before_instantiate_classes(self) -> None:
-        """The teacher is named once, with the model, unless the data names its own: a student may train without one in memory."""
+        """The teacher is named once, with the model, unless the data names its own: a student may train without one in memory.
+
+        Data of another class that takes a ``tokenizer`` and no teacher gets the model's; samples' ``max_length`` is the data's alone, which
+        checks it against the teacher's positions.
+        """
         config = self.config[self.subcommand] if self.subcommand else self.config
+        _check_checkpoint(config.get("ckpt_path"))
         model, data = config.get("model.init_args"), config.get("data.init_args")
-        if model is not None and data is not None and "teacher" in data and data.teacher is None:
-            data.teacher = model.get("teacher")
+        if model is None or data is None:
+            return
+        if "teacher" in data:
+            data.teacher = data.teacher if data.teacher is not None else model.get("teacher")
+        elif "tokenizer" in data and data.tokenizer is None:
+            data.tokenizer = model.get("teacher") or model.get("student")
+
+
+def _check_checkpoint(path: str | None) -> None:
+    if path is None or path in ("best", "last", "hpc") or ":" in path:  # words and addresses that the Trainer resolves
+        return
+    if not Path(path).exists():
+        raise ValueError(f"ckpt_path: no file or folder at {path!r}")
 
 
 def run_trainer_command(args: Sequence[str], run: bool = True) -> QATCli:

@@ -25,6 +25,7 @@ from lightning_qat.evaluation import TokenPerplexity
 from lightning_qat.modules import insert_quantizers, scheme_of
 from lightning_qat.modules.weights import WEIGHT_DTYPES, set_weight_dtypes, weight_dtypes
 from lightning_qat.scheme import QuantScheme
+from lightning_qat.twin import warn_of_twin
 
 
 class DistillationModule(pl.LightningModule):
@@ -84,6 +85,7 @@ class DistillationModule(pl.LightningModule):
         param_dtype: Literal["bfloat16", "float16"] | None = None,
     ) -> None:
         super().__init__()
+        warn_of_twin()
         given = {
             "teacher": teacher,
             "student": student,
@@ -173,6 +175,10 @@ class DistillationModule(pl.LightningModule):
         if self.teacher is not None:
             warnings.filterwarnings("ignore", message=f"Found {sum(1 for _ in self.teacher.modules())} module.s. in eval mode")
         if self.objective.chunk is not None:
+            if getattr(self.trainer.strategy, "zero_stage_3", False):
+                raise MisconfigurationException(
+                    "loss_chunk: DeepSpeed ZeRO-3 holds the head's weight in its own call only; pass loss_chunk=None"
+                )
             for name, model in self._models():
                 check_head(model, name, self.device)
         self._reshard()

@@ -71,7 +71,7 @@ def build_student(teacher: Any, teacher_name: str | nn.Module | None, student: s
         raise ValueError(
             f"student: its weights are quantized to {found} and cannot be trained; pass the float model, the callback quantizes it"
         )
-    model = student if in_memory else load_causal_lm(str(student), "float32")
+    model: Any = student if in_memory else load_causal_lm(str(student), "float32")
     if teacher is not None and (shared := _shared(model, teacher)):
         raise ValueError(
             f"student: shares {len(shared)} parameters with the teacher, the first is {shared[0]!r}; pass None for a copy of it"

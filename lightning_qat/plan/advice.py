@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_qat.plan.memory import Estimate, estimate
+from lightning_qat.plan.memory import Estimate, at_least, estimate
 from lightning_qat.plan.setting import KEPT_PROBABILITIES, STRATEGIES, Setting
 from lightning_qat.plan.shapes import Shape
 
@@ -52,8 +52,10 @@ def best_plan(shape: Shape, memory: int, fixed: Mapping[str, Any]) -> Plan:
         ValueError: A field that is not known or cannot be combined; the model cannot be run without values.
     """
     least: Plan | None = None
-    for choices, costs in _ladder(fixed):
-        setting = Setting(**{**choices, **fixed})
+    rungs = [(Setting(**{**choices, **fixed}), costs) for choices, costs in _ladder(fixed)]
+    for setting, costs in rungs:
+        if at_least(shape, setting) > memory and setting is not rungs[-1][0]:
+            continue
         plan = Plan(setting=setting, estimate=estimate(shape, setting), memory=memory, costs=costs)
         if plan.fits:
             return plan
@@ -81,16 +83,16 @@ def _rungs(strategy: str, last: bool) -> Iterator[tuple[dict[str, Any], str]]:
         return  # sharding costs less than what follows
     if strategy == "fsdp2":
         yield GATHER_BF16
-    if strategy in STRATEGIES and not STRATEGIES[strategy].optimizer:
-        yield EIGHT_BIT  # bitsandbytes knows no sharded state
-    yield OFFLOAD
+    if strategy in STRATEGIES and not STRATEGIES[strategy].weights:
+        yield EIGHT_BIT  # bitsandbytes knows no sharded weights
+        yield OFFLOAD  # and what is sharded is read by one process, which leaves no teacher with the others
     yield NO_TEACHER
 
 
 def remedies(shape: Shape, plan: Plan, fixed: Mapping[str, Any]) -> list[str]:
     """What would make a plan that does not fit run, preferred first."""
     found = []
-    base = {key: fixed[key] for key in ("scheme", "batch_size", "max_length", "precision") if key in fixed}
+    base = {key: fixed[key] for key in ("scheme", "batch_size", "max_length") if key in fixed}
     free = best_plan(shape, plan.memory, {**base, "gpus": plan.setting.gpus})
     if free.fits:
         found.append(f"on the same GPUs: {describe(free.setting)}, {_gigabytes(free)} per GPU")

@@ -2,11 +2,10 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from lightning_qat.plan.setting import Setting
+from lightning_qat.plan.setting import GPUS_OF_A_NODE, Setting
 from lightning_qat.plan.shapes import Shape
 from lightning_qat.plan.simulation import ACTIVATIONS, BACK_MIDDLE, FORWARD, LOSS, LOSSES, QUANTIZED, STUDENT, TEACHER, step_peaks
 from lightning_qat.plan.tracker import GRADIENTS
@@ -69,8 +68,13 @@ def estimate(shape: Shape, setting: Setting) -> Estimate:
         parts=parts,
         phases={phase: sum(values.values()) for phase, values in phases.items()},
         loading=_loading(shape, setting),
-        host=teacher_bytes(shape, "bfloat16") * min(setting.gpus, 8) if setting.teacher == "offload" else 0,
+        host=teacher_bytes(shape, "bfloat16") * min(setting.gpus, GPUS_OF_A_NODE) if setting.teacher == "offload" else 0,
     )
+
+
+def at_least(shape: Shape, setting: Setting) -> int:
+    """What a step needs if it made no tensor at all: known without running anything."""
+    return sum(_lasting(shape, setting).values()) + CONTEXT
 
 
 def trained(shape: Shape, setting: Setting) -> int:
@@ -128,8 +132,7 @@ def _gathered(phase: str, shape: Shape, setting: Setting) -> int:
 
 
 def _loading(shape: Shape, setting: Setting) -> int:
-    """Rank 0 reads the files, in 16 bits, where weights are sharded; else every process of a node builds both models."""
-    if setting.facts.weights:
+    """Deferred, one process reads the files, in 16 bits; else every process of a node builds both models."""
+    if setting.deferred:
         return shape.parameters * torch.bfloat16.itemsize
-    here: Any = min(setting.gpus, 8)
-    return int(here * (shape.parameters * 4 + teacher_bytes(shape, "bfloat16" if setting.teacher == "offload" else setting.teacher)))
+    return int(min(setting.gpus, GPUS_OF_A_NODE) * (shape.parameters * 4 + teacher_bytes(shape, "bfloat16" if setting.teacher == "offload" else setting.teacher)))

@@ -5,12 +5,11 @@ from typing import Any
 
 import yaml
 
-from lightning_qat.plan.setting import KEPT_PROBABILITIES, PRECISIONS, STRATEGIES, Setting
+from lightning_qat.plan.setting import GPUS_OF_A_NODE, KEPT_PROBABILITIES, PRECISIONS, STRATEGIES, Setting
 from lightning_qat.registry import did_you_mean
 
 SAMPLES = 96_000  # LLM-QAT: 96,000 samples, learning rate 2e-5, cosine schedule, no weight decay
 LEARNING_RATE = 2e-5
-GPUS_OF_A_NODE = 8
 _OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"class_path": "torch.optim.AdamW", "init_args": {"lr": LEARNING_RATE, "weight_decay": 0.0, "fused": True}},
     "adamw8bit": {"class_path": "bitsandbytes.optim.AdamW8bit", "init_args": {"lr": LEARNING_RATE, "weight_decay": 0.0}},
@@ -52,7 +51,7 @@ def _module(model: str, setting: Setting, steps: int) -> dict[str, Any]:
         own["teacher_dtype"] = "float32" if setting.teacher == "float32" else "bfloat16"
     if setting.teacher == "offload":
         own["teacher_offload"] = True
-    if setting.facts.weights and setting.lora_rank is None:
+    if setting.deferred:
         own["defer_loading"] = True
     if setting.param_dtype is not None:
         own["param_dtype"] = setting.param_dtype

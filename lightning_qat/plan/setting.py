@@ -53,6 +53,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 }
 # Bytes of state for each parameter, in fp32 and in bf16. 8-bit: two codes and a scale in fp32 for each 256 of either.
 OPTIMIZERS = {"adamw": (8.0, 4.0), "adamw8bit": (2 + 8 / 256, 2 + 8 / 256), "sgd": (0.0, 0.0)}
+GPUS_OF_A_NODE = 8
 KEPT_PROBABILITIES = 32  # of the teacher, with each token, where there is none in training
 TEACHERS = {
     "bfloat16": "in this process, sharded with the student where weights are sharded",
@@ -79,6 +80,7 @@ class Step:
     max_length: int
     gradient_share: float
     attention: str
+    device: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ class Setting:
         param_dtype: Dtype in which FSDP2 gathers weights, ``bfloat16`` or None for fp32.
         lora_rank: Train only matrices of this rank beside each weight; None trains all weights.
         attention: ``sdpa``, or ``eager``, which keeps the probabilities of all pairs of tokens.
+        device: ``cuda`` or ``cpu``: losses compute so many rows at a time as suit it.
 
     Raises:
         ValueError: A name or number that is not known, or a combination that cannot run.
@@ -117,10 +120,11 @@ class Setting:
     param_dtype: str | None = None
     lora_rank: int | None = None
     attention: str = "sdpa"
+    device: str = "cuda"
 
     def __post_init__(self) -> None:
         names: dict[str, Any] = {"strategy": STRATEGIES, "precision": PRECISIONS, "optimizer": OPTIMIZERS, "teacher": TEACHERS}
-        names |= {"attention": ("sdpa", "eager")}
+        names |= {"attention": ("sdpa", "eager"), "device": ("cuda", "cpu")}
         for field, allowed in names.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: got {getattr(self, field)!r}, {did_you_mean(getattr(self, field), allowed)}")
@@ -159,6 +163,11 @@ class Setting:
         in_fp32, in_bf16 = OPTIMIZERS[self.optimizer]
         return (in_bf16 if self.precision == "bf16-true" else in_fp32) + (4 if self.facts.master and self.dtype.itemsize == 2 else 0)
 
+    @property
+    def deferred(self) -> bool:
+        """Whether weights are read when models are sharded, by one process."""
+        return self.facts.weights and self.lora_rank is None and self.teacher not in ("nf4", "int8", "offload")
+
     def share(self, sharded: bool) -> float:
         """The part that one process keeps."""
         return 1 / self.gpus if sharded else 1.0
@@ -179,6 +188,7 @@ class Setting:
             # What autograd makes is in the gathered dtype, what stays is in the dtype of the weights.
             gradient_share=self.share(self.facts.gradients) * self.dtype.itemsize / self.gather_dtype.itemsize,
             attention=self.attention,
+            device=self.device,
         )
 
 

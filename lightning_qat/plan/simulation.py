@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_qat.losses import SoftCrossEntropy, TopK, chunked_sums, row_sums
+from lightning_qat.losses import SoftCrossEntropy, TopK, base, chunked_sums, row_sums, sparse
 from lightning_qat.modules import insert_quantizers
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.numerics.backends import compiled, reference
@@ -65,7 +65,7 @@ def _run(text: str, depth: int, step: Step) -> Peaks:
     config = shallow(AutoConfig.for_model(settings.pop("model_type"), **settings), depth)
     tracker = MemoryTracker(step.gradient_share)
     try:
-        with FakeTensorMode(), _kernels():
+        with FakeTensorMode(), _kernels(step.device):
             student = _build(config, step.dtype, step.attention).train()
             insert_quantizers(student, step.scheme)
             if step.gradient_checkpointing:
@@ -86,18 +86,26 @@ def _build(config: Any, dtype: torch.dtype, attention: str) -> Any:
 
 
 @contextmanager
-def _kernels() -> Iterator[None]:
-    """Let fake quantization make what its kernel makes, the result and nothing else; fake tensors must not set off its compilation."""
+def _kernels(device: str) -> Iterator[None]:
+    """What runs on fake tensors, which are CPU tensors, as it runs on the device.
+
+    Fake quantization makes what its kernel makes, the result and nothing else, and sets off no compilation; losses take as many rows at a
+    time as they do there.
+    """
 
     def run(formula: Any, x: Tensor, *args: Any) -> Any:
         return x.new_empty(x.shape, dtype=args[-1]) if formula in VALUES else formula(x, *args)
 
-    before = compiled.run
+    before, sizes = compiled.run, [(table, dict(table)) for table in (base.ROW_ELEMENTS, sparse.CHUNKS)]
     compiled.run = run
+    for table, _ in sizes if device != "cpu" else ():
+        table.clear()
     try:
         yield
     finally:
         compiled.run = before
+        for table, content in sizes:
+            table.update(content)
 
 
 def _watch(student: Any, tracker: MemoryTracker) -> None:

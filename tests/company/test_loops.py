@@ -6,8 +6,9 @@ from gloo import run_ranks
 from lightning.pytorch.strategies import DDPStrategy
 from regression import INPUTS, Regression, loader, quantized_layers, same_state, trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_qat import KVSpec, QuantizationCallback, QuantScheme, insert_quantizers
+from lightning_qat import KVSpec, QuantizationCallback, QuantScheme, TensorSpec, insert_quantizers
 
 
 def fitted(module, *callbacks, batch_size=4, **kwargs):
@@ -154,3 +155,23 @@ def test_ddp_with_parameters_that_a_batch_does_not_use():
     trainer(QuantizationCallback("w4a8"), epochs=2).fit(module, loader(2))  # both ranks saw the same batches
     for name, tensor in module.state_dict().items():
         torch.testing.assert_close(torch.tensor(one[name]), tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_ranges_follow_training_batches_alone():
+    """PL#8540: observers went on in validation, test and prediction; and the sanity check is validation too."""
+    far = DataLoader(INPUTS * 100, batch_size=4)
+    static = QuantScheme(weight=TensorSpec(bits=4), input=TensorSpec(bits=8, granularity="tensor", dynamic=False))
+
+    def ranges_after(val_loader, sanity):
+        module = Regression()
+        run = trainer(QuantizationCallback(static), num_sanity_val_steps=sanity)
+        run.fit(module, loader(), val_loader)
+        return run, module, {name: tensor.clone() for name, tensor in module.state_dict().items() if ".running." in name}
+
+    run, module, watched = ranges_after(far, sanity=2)
+    _, _, alone = ranges_after(None, sanity=0)
+    assert watched["net.0.input_quantizer.running.high"] > 0
+    assert same_state(watched, alone)
+    for stage in ("validate", "test", "predict"):
+        getattr(run, stage)(module, far)
+        assert same_state({name: tensor for name, tensor in module.state_dict().items() if ".running." in name}, alone)

@@ -58,7 +58,9 @@ def test_a_finder_in_the_callbacks_leaves_the_start_of_the_run_alone(finder, ord
 
 
 @pytest.mark.parametrize(
-    ("method", "scheme"), [("lr_find", "w4a8"), ("lr_find", STATIC), ("scale_batch_size", STATIC)], ids=["lr", "lr, running range", "batch size"]
+    ("method", "scheme"),
+    [("lr_find", "w4a8"), ("lr_find", STATIC), ("scale_batch_size", STATIC)],
+    ids=["lr", "lr, running range", "batch size"],
 )
 def test_the_tuner_leaves_module_and_random_numbers_as_they_were(method, scheme, tmp_path):
     module, kinds = LongRegression(), set()

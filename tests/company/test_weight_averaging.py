@@ -52,7 +52,9 @@ def test_validation_quantizes_the_average():
             expected.append(loss_of(ema))
     assert watcher.losses == pytest.approx(expected, rel=1e-5)
     assert len(set(watcher.losses)) == 3
-    assert all(torch.allclose(tensor, ema[name], atol=1e-7) for name, tensor in module.state_dict().items())  # the end of training copies it
+    assert all(
+        torch.allclose(tensor, ema[name], atol=1e-7) for name, tensor in module.state_dict().items()
+    )  # the end of training copies it
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

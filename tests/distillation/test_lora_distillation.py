@@ -222,6 +222,9 @@ def distil(kind, world, dtype, param_dtype=None):
         weight.quantizer.register_forward_pre_hook(lambda q, args, name=weight.name: seen.update({name: q.codes(args[0]).codes}))
     with torch.no_grad():
         module(IDS)
+    if kind == "fsdp2":
+        with pytest.raises(ValueError, match="is sharded; load its checkpoint"):
+            merge_lora(module.student)
     adapters = {name: full_weight(p).detach().clone() for name, p in module.student.named_parameters() if "lora_" in name}
     return losses.values, adapters, codes_of(module.student), seen
 

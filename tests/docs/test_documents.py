@@ -38,7 +38,10 @@ def test_code_block_runs(document, code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.yaml")) if path.stem != "llm_qat_7b_8gpu"]  # that one: tests/plan
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_yaml_trains(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--data.init_args.num_samples=70", "--data.init_args.max_length=16"]

@@ -2,6 +2,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from resuming import synthetic
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """The samples of `synthetic`, written once."""
+    folder = tmp_path_factory.mktemp("store")
+    synthetic(folder).setup("fit")
+    return folder
 
 
 @pytest.fixture

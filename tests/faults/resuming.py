@@ -230,9 +230,10 @@ def differences(whole, resumed):
 
 
 def synthetic(folder, **changes):
-    """16 samples for training, two for validation."""
+    """16 samples for training, two for validation; read from a store where it is there."""
+    teacher = None if (folder / "store.json").exists() else llama(eos_token_id=list(range(90, 97)))
     settings = {"num_samples": 18, "max_length": 12, "rows": 8, "batch_size": 2, "val_samples": 2, "store": folder}
-    return SyntheticDataModule(**{"teacher": llama(eos_token_id=list(range(90, 97)))} | settings | changes)
+    return SyntheticDataModule(**{"teacher": teacher} | settings | changes)
 
 
 def distillation():

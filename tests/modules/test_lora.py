@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from models import gpt2, llama, mlp, opt, tied_llama, token_ids
-from peft import IA3Config, LoraConfig, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional
 
@@ -360,6 +360,15 @@ def test_pefts_own_merge_is_refused_while_quantizers_are_in():
     insert_quantizers(model, "w4a8")
     with pytest.raises(ValueError, match=r"merge: this layer holds quantizers; call lightning_qat\.merge_lora"):
         model[0].merge()
+
+
+def test_a_model_that_peft_wrapped_is_merged_inside():
+    wrapped = get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear"))
+    model = wrapped.get_base_model()
+    insert_quantizers(model, "w4a8")
+    trained, wanted = codes_of(model), wrapped(input_ids=IDS).logits
+    assert different(codes_of(merge_lora(model)), trained) == 0
+    assert torch.equal(model(input_ids=IDS).logits, wanted)
 
 
 # ---------------------------------------------------------------- refusals
