@@ -106,8 +106,8 @@ def page(result: dict[str, Any]) -> Iterator[str]:
     yield f"Run on {result['date']}: {device.get('gpu', device['cpu'])}, {device['cpu_threads']} CPU threads, torch {versions['torch']}.\n"
     yield (
         f"Soft cross-entropy of a student and a teacher, from final hidden states of {HIDDEN} features in fp32 through heads with fp32 "
-        "weights under bf16 autocast, forward and backward. What is alive at the peak beside hidden states and heads; each form in a process "
-        "of its own. The bound is that of `lightning_qat/losses/chunked.py`.\n"
+        "weights under bf16 autocast, forward and backward. What is alive at the peak beside hidden states and heads; each form in a "
+        "process of its own. The bound is that of `lightning_qat/losses/chunked.py`.\n"
     )
     yield "| vocabulary | tokens | form | peak MiB | bound MiB | one fp32 copy of all logits, MiB |\n|---:|---:|---|---:|---:|---:|"
     for row in result["rows"]:

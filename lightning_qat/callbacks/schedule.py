@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_qat.callbacks.quantization import QuantizationCallback, quantization_root
-from lightning_qat.modules import QuantLayer, forget_weights
+from lightning_qat.modules import QuantLayer
 from lightning_qat.modules.kv import KVQuantizer
 from lightning_qat.quantizers import Quantizer
 from lightning_qat.scheme import differences
@@ -99,9 +99,7 @@ class Schedule(Callback, ABC):
         if self.phase(step) == self._phase:
             return
         self._phase = self.phase(step)
-        root = quantization_root(pl_module)
-        self.apply(root, step)
-        forget_weights(root)
+        self.apply(quantization_root(pl_module), step)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -40,6 +40,9 @@ class QATCli(LightningCLI):
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in json or yaml format.")
         return parser
 
+    def _parse_ckpt_path(self) -> None:
+        """Settings come from the configuration alone; Lightning would lay a checkpoint's hyperparameters over it."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callback's arguments."""
         parser.add_lightning_class_args(QuantizationCallback, "quantization")

@@ -48,7 +48,7 @@ class LoraSettings:
     @classmethod
     def parse(cls, settings: "LoraSettings | Mapping[str, Any]") -> "LoraSettings":
         """Settings from themselves, or from plain data such as a checkpoint keeps."""
-        return settings if isinstance(settings, cls) else cls(**dict(settings))  # type: ignore[call-overload]
+        return settings if isinstance(settings, LoraSettings) else cls(**settings)
 
 
 def add_lora(student: nn.Module, settings: LoraSettings) -> None:

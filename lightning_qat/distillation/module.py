@@ -193,6 +193,13 @@ class DistillationModule(pl.LightningModule):
                 model.reshard()
 
     @override
+    @torch.inference_mode(False)
+    def on_validation_start(self) -> None:
+        """Begin with sums that training may go on with: those born in `Trainer.validate`'s inference mode cannot be changed outside it."""
+        for metric in (self.ppl_text, self.ppl_generated, self.kl, self.top1):
+            metric.reset()
+
+    @override
     def on_validation_end(self) -> None:
         """Give back what validation has gathered."""
         self._reshard()

@@ -72,7 +72,7 @@ def lora_class(float_type: type[nn.Module]) -> type[QuantLayer] | None:
     if (float_type.__module__, float_type.__name__) != (HOME, PLAIN):
         return None
     about = {"__module__": __name__, "__qualname__": NAME, "__doc__": "Quantized linear layer with a LoRA adapter."}
-    return globals().setdefault(NAME, register_layer(float_type)(type(float_type)(NAME, (QuantLora, float_type), about)))
+    return globals().setdefault(NAME, register_layer(float_type)(type(NAME, (QuantLora, float_type), about)))
 
 
 def __getattr__(name: str) -> Any:

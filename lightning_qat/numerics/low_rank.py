@@ -15,7 +15,8 @@ from torch import Tensor
 @contextmanager
 def _exact_products(device: str) -> Iterator[None]:
     """Products of fp32 matrices in fp32 (the settings are those of CUDA and of oneDNN on the CPU), and no autocast."""
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: Any = torch.backends
+    settings = (backends.cuda.matmul, backends.mkldnn.matmul)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

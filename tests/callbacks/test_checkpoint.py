@@ -50,7 +50,14 @@ def cut_before(monkeypatch, count):
 
         monkeypatch.setattr(owner, name, watched)
 
-    for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "symlink_to"), (shutil, "rmtree"), (checkpoint, "exchange")):
+    for owner, name in (
+        (Path, "rename"),
+        (Path, "replace"),
+        (Path, "unlink"),
+        (Path, "symlink_to"),
+        (shutil, "rmtree"),
+        (checkpoint, "exchange"),
+    ):
         guard(owner, name)
     return left
 
@@ -99,7 +106,7 @@ def test_two_names_are_exchanged_in_one_step(tmp_path):
 def test_a_deleted_checkpoint_loses_its_name_first(folder, tmp_path, monkeypatch):
     path = write(tmp_path / "a.ckpt", "1", folder)
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        cut_before(patch, 1)
+        cut_before(patch, 2)
         remove(path)
     assert not path.exists()
     clear_leftovers(tmp_path)

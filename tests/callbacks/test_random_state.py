@@ -1,5 +1,6 @@
 """States of random number generators in checkpoints: plain, of every rank, and nothing moves while they are saved."""
 
+import os
 import random
 from types import SimpleNamespace
 
@@ -76,7 +77,7 @@ def test_what_was_loaded_can_be_forgotten():
 
 
 def ranks_job():
-    rank = int(__import__("os").environ["RANK"])
+    rank = int(os.environ["RANK"])
     distributed.init_process_group("gloo")
     torch.manual_seed(rank)
     checkpoint = {}
@@ -98,6 +99,7 @@ def test_every_rank_gets_its_own():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_is_saved_too():
     device = torch.device("cuda", 0)
     here, checkpoint = trainer(), {}
@@ -114,7 +116,10 @@ def test_cuda_is_saved_too():
 def test_evaluation_restores_nothing(stage):
     callback = QuantizationCallback("w8a8")
     run = trainer(5)
-    run.state = SimpleNamespace(fn={"validate": TrainerFn.VALIDATING, "test": TrainerFn.TESTING, "predict": TrainerFn.PREDICTING}[stage])
+    run.callbacks, run.state = (
+        [],
+        SimpleNamespace(fn={"validate": TrainerFn.VALIDATING, "test": TrainerFn.TESTING, "predict": TrainerFn.PREDICTING}[stage]),
+    )
     callback.on_load_checkpoint(run, mlp(), saved())  # a warning about the five processes would be an error
     assert callback._random._loaded is None
 
@@ -161,4 +166,6 @@ def test_ranges_move_in_training_only():
         stage(module, loader, **({} if stage == run.predict else {"verbose": False}))
     assert torch.equal(module.ranges(), trained)
     assert all(same for _, same in module.notes)
-    assert {name for name, _ in module.notes} == {f"RunningStage.{name}" for name in ("SANITY_CHECKING", "VALIDATING", "TESTING", "PREDICTING")}
+    assert {name for name, _ in module.notes} == {
+        f"RunningStage.{name}" for name in ("SANITY_CHECKING", "VALIDATING", "TESTING", "PREDICTING")
+    }

@@ -20,7 +20,7 @@ from lightning_qat import (
     named_quantizers,
 )
 from lightning_qat.callbacks import BitStages, DelayedStart
-from lightning_qat.modules import scheme_of
+from lightning_qat.modules import cached_weights, scheme_of
 from lightning_qat.modules.bit_change import change_bits
 
 
@@ -52,22 +52,39 @@ def test_a_stage_trains_like_a_run_of_its_scheme():
     assert whole.losses[3] == four(ROWS[12:16]).square().mean().item()
 
 
-@pytest.mark.parametrize("scheme", ["w4a8kv4", "llm-qat"])
-def test_every_kind_of_quantizer_changes(scheme):
-    """The same model as one that was quantized like that from the start; siblings still share their input."""
-    final = QuantScheme.parse(scheme)
-    before = QuantScheme.parse(
-        final.to_dict() | {"kv": final.to_dict()["kv"] | {"bits": 8}, "input": final.to_dict()["input"] | {"bits": 6}}
-    )
+def other_bits(data):
+    """The same scheme with another number of bits everywhere; where there is an override, siblings agree on their input."""
+    parts = {role: data[role] | {"bits": 5} for role in ("weight", "input", "kv")}
+    overrides = [override | {"input": parts["input"]} for override in data["overrides"]]
+    return QuantScheme.parse(data | parts | {"overrides": overrides})
+
+
+W4A8KV4 = QuantScheme.parse("w4a8kv4")
+APART = QuantScheme.parse(W4A8KV4.to_dict() | {"overrides": [{"names": ["k_proj"], "input": {"bits": 3, "granularity": "token"}}]})
+
+
+@pytest.mark.parametrize("final", [W4A8KV4, QuantScheme.parse("llm-qat"), APART], ids=["post_rope", "pre_rope", "siblings apart"])
+def test_every_kind_of_quantizer_changes(final):
+    """The same model as one that was quantized like that from the start, also where weights are kept; siblings that can share, share."""
     staged, fresh = llama(), llama()
-    insert_quantizers(staged, before)
-    logits_of(staged)
-    change_bits(staged, final)
     insert_quantizers(fresh, final)
-    assert torch.equal(logits_of(staged), logits_of(fresh))
+    insert_quantizers(staged, other_bits(final.to_dict()))
+    with cached_weights(staged):
+        assert not torch.equal(logits_of(staged), logits_of(fresh))
+        change_bits(staged, final)
+        assert torch.equal(logits_of(staged), logits_of(fresh))
     attention = staged.model.layers[0].self_attn
-    assert attention.q_proj.shared_input is attention.k_proj.shared_input is not None
+    shared = [getattr(attention, name).shared_input is not None for name in ("q_proj", "k_proj", "v_proj")]
+    assert shared == [final is not APART] * 3
     insert_quantizers(staged, final)  # nothing is missing, nothing differs
+
+
+def test_products_on_integer_codes_follow():
+    """The levels of w2 lie between integers, so its stage computes in floating point."""
+    module = Recording(lambda module: {layer.int8_forward for layer in (module.net[0], module.net[2])})
+    callbacks = QuantizationCallback("w4a8", int8_forward=True), BitStages({0: "w2a8", 1: "w8a8", 2: "w4a8"})
+    trainer(*callbacks, steps=3).fit(module, loader())
+    assert module.seen == {0: {False}, 1: {True}, 2: {True}}
 
 
 def test_a_quantizer_keeps_its_switch_and_its_running_range():

@@ -43,8 +43,15 @@ def check_left_alone(module, scheme):
     assert all(layer.keeps == "nothing" for layer in (module.net[0], module.net[2]))
 
 
-@pytest.mark.parametrize(("scheme", "order"), [("w4a8", 1), (STATIC, -1)], ids=["ours first", "theirs first, running range"])
-@pytest.mark.parametrize("finder", ["lr", "batch size"])
+@pytest.mark.parametrize(
+    ("finder", "scheme", "order"),
+    [
+        pytest.param("lr", "w4a8", 1, id="lr, ours first"),
+        pytest.param("lr", STATIC, -1, id="lr, theirs first, running range"),
+        pytest.param("batch size", STATIC, 1, id="batch size, ours first, running range"),
+        pytest.param("batch size", "w4a8", -1, id="batch size, theirs first", marks=pytest.mark.slow),
+    ],
+)
 def test_a_finder_in_the_callbacks_leaves_the_start_of_the_run_alone(finder, order, scheme, tmp_path):
     start, module = Start(), LongRegression()
     find = LearningRateFinder(num_training_steps=20) if finder == "lr" else BatchSizeFinder(max_trials=3, steps_per_trial=1)

@@ -302,3 +302,13 @@ def test_the_whole_of_llm_qat_from_a_folder(teacher_folder, tmp_path):
     assert {"val/kl", "val/top1", "val/ppl_generated", "val/ppl_text"} <= run.callback_metrics.keys()
     assert Path(tmp_path / "gen" / "store.json").is_file()
     assert len(character_tokenizer()) == data.vocab_size
+
+
+def test_training_goes_on_after_validating_on_its_own():
+    made, data = DistillationModule(teacher=llama()), [loader(), loader("text")]
+    run = trainer("w4a8", val_check_interval=1)
+    alone = run.validate(made, data, verbose=False)
+    run.fit(made, loader(), data)
+    again = run.validate(made, data, verbose=False)
+    assert alone[0].keys() == again[0].keys()
+    assert alone[0]["val/kl"] != again[0]["val/kl"]

@@ -72,7 +72,9 @@ def test_validation_within_an_epoch(store, tmp_path):
     assert {"validation 3", "validation 9", "step 4", "step 8"} <= set(found)
 
 
-@pytest.mark.parametrize(("kind", "data"), [("ddp", "store"), ("fsdp2", "store"), pytest.param("fsdp2-file", "foreign", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "data"), [("ddp", "store"), ("fsdp2", "store"), pytest.param("fsdp2-file", "foreign", marks=pytest.mark.slow)]
+)
 def test_two_processes(kind, data, store, tmp_path):
     found = check(kind, tmp_path, store, data, estimate=True, every=3, max_epochs=2, accumulate_grad_batches=2)
     assert {"step 3", "epoch 2" if data == "store" else "epoch 3"} <= set(found)
@@ -82,7 +84,9 @@ def test_two_processes(kind, data, store, tmp_path):
 @pytest.mark.parametrize("kind", ["single", "ddp", "fsdp2", "fsdp2-file"])
 @pytest.mark.parametrize("data", ["store", "stream", "foreign"])
 @pytest.mark.parametrize("estimate", [False, True])
-@pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_steps": 7, "accumulate_grad_batches": 2}, {"max_epochs": 2, "val_check_interval": 3}])
+@pytest.mark.parametrize(
+    "limits", [{"max_epochs": 3}, {"max_steps": 7, "accumulate_grad_batches": 2}, {"max_epochs": 2, "val_check_interval": 3}]
+)
 def test_everything(kind, data, estimate, limits, store, tmp_path):
     check(kind, tmp_path, store, data, estimate, every=1, **limits)
 

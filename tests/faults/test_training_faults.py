@@ -167,7 +167,9 @@ def test_training_killed_at_many_random_moments(kind, whole, store, quick_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [(name, count) for name in ("save", "flush", "replace", "_delete", "_sync") for count in range(1, 12, 2)])
+@pytest.mark.parametrize(
+    "moment", [(name, count) for name in ("save", "flush", "replace", "_delete", "_sync") for count in range(1, 12, 2)]
+)
 def test_folders_killed_at_every_moment(moment, whole, store, quick_path):
     killed(quick_path, store, "fsdp2", Student, moment)
     check_checkpoints(quick_path)
