@@ -1,6 +1,7 @@
 """The random numbers of a resumed run are those the uninterrupted run would have drawn: Lightning's checkpoints hold no generators."""
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -81,7 +82,7 @@ def _renew_iterator(trainer: pl.Trainer) -> None:
         fetcher.iterator = _NextEpoch(fetcher)
 
 
-class _NextEpoch:
+class _NextEpoch(Iterator[Any]):
     """Makes the iterator of an epoch when its first batch is wanted; dropped where Lightning makes one itself."""
 
     def __init__(self, fetcher: Any) -> None:
@@ -95,11 +96,12 @@ class _NextEpoch:
 def _current(device: torch.device) -> dict[str, Any]:
     """States as tensors and numbers, which `torch.load(weights_only=True)` takes."""
     version, words, gauss = random.getstate()
-    name, key, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    of_numpy: Any = numpy.random.get_state()
+    _, key, position, has_gauss, cached = of_numpy
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": (str(name), torch.tensor(key.astype("int64")), int(position), int(has_gauss), float(cached)),
+        "numpy": (torch.tensor(key.astype("int64")), int(position), int(has_gauss), float(cached)),
         "python": (version, torch.tensor(words), gauss),
     }
 
@@ -108,7 +110,7 @@ def _set(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-    name, key, *rest = state["numpy"]
-    numpy.random.set_state((name, key.numpy().astype("uint32"), *rest))
+    key, *rest = state["numpy"]
+    numpy.random.set_state(("MT19937", key.numpy().astype("uint32"), *rest))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-
 Place = tuple[int, int]  # an epoch, and how many of this rank's samples of it were used up before
 
 

@@ -1,34 +1,30 @@
 """Data-free distillation of a quantized student: LLM-QAT (arXiv 2305.17888), section 3.3."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_qat.distillation.batches import Batch, check_packing, read_batch
 from lightning_qat.distillation.lora import LoraSettings, add_lora
-from lightning_qat.distillation.models import build_models, distribute
+from lightning_qat.distillation.models import build_models
 from lightning_qat.distillation.objective import Objective
+from lightning_qat.distillation.pair import TeacherAndStudent
 from lightning_qat.distillation.passes import check_head
-from lightning_qat.distillation.teachers import move_teacher, outside_ddp
 from lightning_qat.evaluation import TokenPerplexity
-from lightning_qat.modules import insert_quantizers, scheme_of
-from lightning_qat.modules.weights import WEIGHT_DTYPES, set_weight_dtypes, weight_dtypes
-from lightning_qat.scheme import QuantScheme
+from lightning_qat.modules import scheme_of
 from lightning_qat.twin import warn_of_twin
 
 
-class DistillationModule(pl.LightningModule):
+class DistillationModule(TeacherAndStudent):
     """Trains a student to give the teacher's distribution over the next token.
 
     Batches are dictionaries, as :class:`~lightning_qat.SyntheticDataModule` gives, of int64 [batch, tokens]: ``input_ids``;
@@ -63,10 +59,6 @@ class DistillationModule(pl.LightningModule):
     Raises:
         ValueError: Teacher or student cannot be loaded, both are None, or their vocabularies differ; settings that exclude each other.
     """
-
-    quantization_root = "student"
-    teacher: Any  # models of transformers, whose methods torch's types do not know
-    student: Any
 
     def __init__(
         self,
@@ -103,7 +95,7 @@ class DistillationModule(pl.LightningModule):
         self.objective = Objective(loss, loss_chunk)
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.teacher, self.student = build_models(self.hparams, teacher, student)
-        self._check_vocabularies()
+        self.check_vocabularies()
         if lora is not None:
             add_lora(self.student, LoraSettings.parse(lora))
         self._prepare_layers()
@@ -119,42 +111,8 @@ class DistillationModule(pl.LightningModule):
         if self.objective.needs and self.teacher is None:
             raise ValueError(f"loss: {self.objective.layers[0].name} compares layers with those of a teacher; pass teacher=")
         if "attentions" in self.objective.needs:
-            for _, model in self._models():
+            for _, model in self.models():
                 model.set_attn_implementation("eager")  # no other returns probabilities
-
-    def _check_vocabularies(self) -> None:
-        own = self._vocab_size(self.student)
-        if self.teacher is not None and (size := self._vocab_size(self.teacher)) != own:
-            raise ValueError(f"student: its vocabulary has {own} tokens, the teacher's {size}; logits cannot be compared")
-
-    @staticmethod
-    def _vocab_size(model: Any) -> int:
-        return model.get_input_embeddings().weight.shape[0]
-
-    @override
-    def train(self, mode: bool = True) -> "DistillationModule":
-        """The teacher stays in eval mode whatever happens to the rest."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DistillationModule":
-        """Move everything; what casts the student leaves the teacher as it was loaded."""
-        teacher, self.teacher = self.teacher, None
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self.teacher = teacher
-        move_teacher(teacher, fn)
-        return self
-
-    @override
-    def configure_model(self) -> None:
-        """Under `ModelParallelStrategy` shard teacher and student, behind the quantizers; read the weights that were deferred."""
-        vars(self).get("after_build", lambda: None)()  # put there by QuantizationCallback
-        distribute(self)
-        self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in outside_ddp(self.teacher)]  # read by DDP
 
     @override
     def on_fit_start(self) -> None:
@@ -169,7 +127,7 @@ class DistillationModule(pl.LightningModule):
                 "DistillationModule: the student holds no quantizers; add QuantizationCallback(scheme) to the Trainer's callbacks"
             )
         size = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None)
-        own, who = self._vocab_size(self.student), "student" if self.teacher is None else "teacher"
+        own, who = self.vocab_size(self.student), "student" if self.teacher is None else "teacher"
         if size is not None and size != own:
             raise MisconfigurationException(f"data: tokens come from a vocabulary of {size}, the {who} has {own}; use the same teacher")
         if self.teacher is not None:
@@ -179,18 +137,9 @@ class DistillationModule(pl.LightningModule):
                 raise MisconfigurationException(
                     "loss_chunk: DeepSpeed ZeRO-3 holds the head's weight in its own call only; pass loss_chunk=None"
                 )
-            for name, model in self._models():
+            for name, model in self.models():
                 check_head(model, name, self.device)
-        self._reshard()
-
-    def _models(self) -> list[tuple[str, Any]]:
-        return [(name, model) for name in ("student", "teacher") if (model := getattr(self, name)) is not None]
-
-    def _reshard(self) -> None:
-        """What lies outside the blocks is gathered by a forward pass and given back by a backward pass; some passes have none."""
-        for _, model in self._models():
-            if isinstance(model, FSDPModule):
-                model.reshard()
+        self.reshard()
 
     @override
     @torch.inference_mode(False)
@@ -202,16 +151,7 @@ class DistillationModule(pl.LightningModule):
     @override
     def on_validation_end(self) -> None:
         """Give back what validation has gathered."""
-        self._reshard()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
-        """The student's logits, [batch, tokens, vocabulary]."""
-        return _logits(self.student, input_ids, attention_mask, position_ids)
-
-    @torch.no_grad()
-    def teacher_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
-        """The teacher's logits, [batch, tokens, vocabulary]."""
-        return _logits(self.teacher, input_ids, attention_mask, position_ids)
+        self.reshard()
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -227,7 +167,7 @@ class DistillationModule(pl.LightningModule):
     def _read(self, batch: Any) -> Batch:
         read = read_batch(batch)
         if read.positions is not None and not self._packing_checked:
-            for _, model in self._models():
+            for _, model in self.models():
                 check_packing(model)
             self._packing_checked = True
         if self.objective.needs_teacher and not read.is_text and not self._has_teacher(read):
@@ -269,41 +209,3 @@ class DistillationModule(pl.LightningModule):
         if self.make_lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"}}
-
-    @override
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Everything but the teacher."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "") + "teacher."
-        for key in [key for key in state if key.startswith(prefix)]:
-            del state[key]
-        return state
-
-    @override
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Strict about everything but the teacher."""
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [key for key in result.missing_keys if not key.startswith("teacher.")]
-        if strict and (missing or result.unexpected_keys):
-            raise RuntimeError(f"DistillationModule: missing keys {missing[:5]}, unexpected keys {result.unexpected_keys[:5]}")
-        return result
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the scheme with the weights, so that `load_from_checkpoint` needs no callback."""
-        scheme = scheme_of(self.student)
-        checkpoint["quantization_scheme"] = None if scheme is None else scheme.to_dict()
-        checkpoint[WEIGHT_DTYPES] = weight_dtypes(self.student)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Insert the quantizers that the checkpoint was trained with, unless they are there."""
-        if checkpoint.get("quantization_scheme") is not None and scheme_of(self.student) is None:
-            insert_quantizers(self.student, QuantScheme.parse(checkpoint["quantization_scheme"]), allow_partial=True)
-        set_weight_dtypes(self.student, checkpoint.get(WEIGHT_DTYPES, {}))
-
-
-def _logits(model: Any, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-    positions = {} if position_ids is None else {"position_ids": position_ids}  # not every model takes them
-    logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).logits
-    return logits

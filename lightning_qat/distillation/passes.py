@@ -32,16 +32,17 @@ def final_states(model: Any, inputs: dict[str, Tensor], needs: frozenset[str] = 
         inputs: Its arguments.
         needs: Any of ``hidden_states``, ``attentions``.
     """
-    caught: list[Any] = []
+    caught: list[Tensor] = []
+    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
     compiled = is_compiled(model)  # a compiled graph does not call hooks that came after it
     if "attentions" in needs:
-        inputs = inputs | {"output_attentions": True}  # type: ignore[dict-item]
+        options["output_attentions"] = True
     if compiled or "hidden_states" in needs:
-        outputs = model(**inputs, use_cache=False, logits_to_keep=1, output_hidden_states=True)
+        outputs = model(**inputs, **options, output_hidden_states=True)
         return States(outputs.hidden_states[-1], outputs.hidden_states, outputs.get("attentions"))
     hook = model.get_decoder().register_forward_hook(lambda module, args, output: caught.append(output[0]))
     try:
-        outputs = model(**inputs, use_cache=False, logits_to_keep=1)
+        outputs = model(**inputs, **options)
     finally:
         hook.remove()
     return States(caught[0], None, outputs.get("attentions"))

@@ -14,6 +14,7 @@ from lightning_qat.modules import insert_quantizers
 from lightning_qat.plan.setting import Setting
 from lightning_qat.plan.shapes import Shape, shallow
 
+LIMIT = 60.0  # seconds after which no further run begins; at least two are made
 COPIES = 8  # of the weights of a block, in fp32: weights, gradients, the optimizer's state, the teacher's, and room for activations
 
 
@@ -36,13 +37,12 @@ class Speed:
     device: str
 
 
-def measure_speed(shape: Shape, setting: Setting, limit: float = 60.0) -> Speed:
+def measure_speed(shape: Shape, setting: Setting) -> Speed:
     """Time a quantized step of one block: the student forward and backward, and the teacher forward.
 
     Args:
         shape: The model.
         setting: How it is trained.
-        limit: Seconds after which no further run begins; at least two are made.
 
     Raises:
         ValueError: This machine has not enough memory for one block.
@@ -52,7 +52,7 @@ def measure_speed(shape: Shape, setting: Setting, limit: float = 60.0) -> Speed:
     if free < needed:
         raise ValueError(f"measure: one block needs about {needed / 1e9:.1f} GB, this machine has {free / 1e9:.1f} GB free; leave it out")
     step = _step(shape, setting, device)
-    times, end = [], time.monotonic() + limit
+    times, end = [], time.monotonic() + LIMIT
     while len(times) < 2 or (len(times) < 12 and time.monotonic() < end):
         start = time.perf_counter()
         step()

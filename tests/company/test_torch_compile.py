@@ -101,7 +101,7 @@ def batches():
 @SLOW
 def test_a_compiled_student_is_distilled_saved_loaded_and_exported(tmp_path):
     def distilled(compiled):
-        module = DistillationModule(llama(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        module = DistillationModule(llama(num_hidden_layers=1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
         if compiled:
             module.student.compile(backend="aot_eager")
         run = trainer(QuantizationCallback("w4a8kv4"), epochs=1)
@@ -112,7 +112,7 @@ def test_a_compiled_student_is_distilled_saved_loaded_and_exported(tmp_path):
     plain, module = distilled(False), distilled(True)
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
-    loaded = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt", teacher=llama(), weights_only=True)
+    loaded = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt", teacher=llama(num_hidden_layers=1), weights_only=True)
     reloaded = load_quantized(export(module.student, tmp_path / "out"))
     with torch.no_grad():
         expected = loaded.eval()(token_ids())

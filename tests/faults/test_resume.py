@@ -110,7 +110,7 @@ def distil(kind, folder, store):
     return differences(whole, resumed)
 
 
-@pytest.mark.parametrize("kind", ["single", "ddp"])
+@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp2"])
 def test_distillation_with_dropout(kind, store, tmp_path):
     assert run_ranks(distil, kind, tmp_path, store, world=world(kind)) == [[]] * world(kind)
 

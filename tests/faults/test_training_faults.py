@@ -152,7 +152,7 @@ def test_two_processes_killed_at_the_worst_moments(moment, whole, store, quick_p
     compare(whole(kind), quick_path, kind)
 
 
-@pytest.mark.parametrize("kind", ["single", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["single", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ddp", "fsdp2"))])
 def test_distillation_killed_at_random_moments(kind, whole, store, quick_path):
     args = (quick_path, store, kind, distillation)
     run_with_kills(job, args, kills=1, delay=(0.3, 1.0), after_kill=lambda: check_checkpoints(quick_path))
@@ -180,5 +180,5 @@ def test_folders_killed_at_every_moment(moment, whole, store, quick_path):
 def test_checkpoints_are_looked_at(quick_path):
     """The check itself would notice."""
     (quick_path / "kept" / "last.ckpt").mkdir(parents=True)
-    with pytest.raises(AssertionError, match="last.ckpt"):
+    with pytest.raises(AssertionError, match=r"last\.ckpt"):
         check_checkpoints(Path(quick_path))

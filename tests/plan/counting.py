@@ -18,14 +18,15 @@ def alive() -> int:
 
 
 class Counting(pl.Callback):
-    """Counts the second batch, from its start to behind the optimizer's step: what is alive before it, and the highest rise above it,
-    as the allocator itself reports each block to torch's profiler.
+    """Counts two steps: what is alive before the first, and the highest rise above it, as the allocator reports each block to torch's
+    profiler. From the first on, because the size of a block that is older than the profiler is not reported when it is freed, and the
+    second step begins with the gradients of the first.
     """
 
     peak = 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 1:
+        if batch_idx == 0:
             gc.collect()
             self.before = alive()
             self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -43,7 +44,7 @@ class Counting(pl.Callback):
 
 
 def counted_peak(teacher: Any, student: Any, setting: Any, vocabulary: int) -> int:
-    """Two steps of a Trainer; the peak of the second, whose metrics are logged.
+    """Two steps of a Trainer, whose metrics are logged; their peak.
 
     Args:
         teacher: A model, or None: the batches hold stored probabilities.

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_qat import DistillationModule, QuantScheme, TensorSpec
+from lightning_qat.losses import HiddenStateLoss, SoftCrossEntropy
 from lightning_qat.modules import scheme_of
 from lightning_qat.modules.weights import full_weight, layer_weights, weight_dtypes
 from lightning_qat.quantizers.base import quantizers
@@ -35,6 +36,26 @@ def test_ten_steps_equal_those_of_one_process(kind, alone):
     for name, these in alone[2].items():
         assert torch.equal(first[2][name], these), name
         assert torch.equal(second[2][name], these), name
+
+
+def with_validation(kind, world):
+    made = module(gradient_checkpointing=True, loss=[SoftCrossEntropy(), HiddenStateLoss(weight=0.1)], loss_chunk=7)
+    run = trainer(kind, world, max_steps=4, val_check_interval=2, num_sanity_val_steps=1)
+    run.fit(made, loader(world), loader(world))
+    values = {name: value.item() for name, value in run.callback_metrics.items()}
+    (again,) = run.validate(made, loader(world), verbose=False)
+    return values, again, weights(made.student)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_validation_checkpointing_and_losses_of_layers_are_those_of_one_process(kind):
+    (alone,) = run_ranks(with_validation, "auto", 1, world=1)
+    first, second = run_ranks(with_validation, kind, 2)
+    for name in ("val/kl", "val/top1", "val/ppl_generated"):
+        assert first[0][name] == second[0][name] == pytest.approx(alone[0][name], rel=1e-6)  # metrics add up in fp32
+        assert first[1][name] == pytest.approx(alone[1][name], rel=1e-6)
+    for name, weight in alone[2].items():
+        torch.testing.assert_close(first[2][name], weight, rtol=0, atol=1e-10)
 
 
 # ---------------------------------------------------------------- observers
