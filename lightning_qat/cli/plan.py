@@ -130,7 +130,9 @@ def _show(console: Console, shape: planning.Shape, best: planning.Plan) -> None:
     if best.fits:
         console.print("It fits." + "".join(f"\n  given up: {cost}" for cost in best.costs), highlight=False)
     else:
-        console.print(f"It does not fit: {(need.total - best.memory) / 1e9:.1f} GB too much. What would help, preferred first:", highlight=False)
+        console.print(
+            f"It does not fit: {(need.total - best.memory) / 1e9:.1f} GB too much. What would help, preferred first:", highlight=False
+        )
 
 
 def _compare(console: Console, shape: planning.Shape, best: planning.Plan) -> dict[str, dict[str, float]]:

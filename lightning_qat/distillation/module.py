@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -117,7 +116,7 @@ class DistillationModule(TeacherAndStudent):
     @override
     def on_fit_start(self) -> None:
         """Refuse what would train for nothing."""
-        if isinstance(self.student, OptimizedModule):
+        if hasattr(self.student, "_orig_mod"):
             raise MisconfigurationException(
                 "student: is wrapped by torch.compile, which gives its weights other names in checkpoints; call module.student.compile() "
                 "in place of module.student = torch.compile(module.student)"

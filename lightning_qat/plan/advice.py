@@ -130,5 +130,3 @@ def describe(setting: Setting) -> str:
 
 def _gigabytes(plan: Plan, less: Plan | None = None) -> str:
     return f"{(plan.estimate.total - (0 if less is None else less.estimate.total)) / 1e9:.1f} GB"
-
-

@@ -135,4 +135,7 @@ def _loading(shape: Shape, setting: Setting) -> int:
     """Deferred, one process reads the files, in 16 bits; else every process of a node builds both models."""
     if setting.deferred:
         return shape.parameters * torch.bfloat16.itemsize
-    return int(min(setting.gpus, GPUS_OF_A_NODE) * (shape.parameters * 4 + teacher_bytes(shape, "bfloat16" if setting.teacher == "offload" else setting.teacher)))
+    return int(
+        min(setting.gpus, GPUS_OF_A_NODE)
+        * (shape.parameters * 4 + teacher_bytes(shape, "bfloat16" if setting.teacher == "offload" else setting.teacher))
+    )

@@ -170,5 +170,3 @@ def _strategy(value: Any, gpus: int) -> str:
     if name not in STRATEGIES:
         raise ValueError(f"config: trainer.strategy is {value!r}, {did_you_mean(name, STRATEGIES)}")
     return name
-
-

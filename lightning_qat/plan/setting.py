@@ -42,7 +42,9 @@ STRATEGIES = {
     "fsdp": Strategy(weights=True, gradients=True, optimizer=True, gathers_in=torch.bfloat16),
     "fsdp2": Strategy(weights=True, gradients=True, optimizer=True),
     "deepspeed_stage_2": Strategy(gradients=True, optimizer=True, buffers=ZERO_BUFFERS, master=True),
-    "deepspeed_stage_3": Strategy(weights=True, gradients=True, optimizer=True, gathers_in=torch.bfloat16, buffers=ZERO_BUFFERS, master=True),
+    "deepspeed_stage_3": Strategy(
+        weights=True, gradients=True, optimizer=True, gathers_in=torch.bfloat16, buffers=ZERO_BUFFERS, master=True
+    ),
 }
 # Dtype of the weights, dtype of the products under autocast.
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {

@@ -52,7 +52,10 @@ def counted_peak(teacher: Any, student: Any, setting: Any, vocabulary: int) -> i
         setting: How it is trained (`lightning_qat.plan.Setting`).
         vocabulary: Of both.
     """
-    row = {"input_ids": torch.randint(vocabulary, (setting.max_length,)), "attention_mask": torch.ones(setting.max_length, dtype=torch.int64)}
+    row = {
+        "input_ids": torch.randint(vocabulary, (setting.max_length,)),
+        "attention_mask": torch.ones(setting.max_length, dtype=torch.int64),
+    }
     if teacher is None:
         kept = torch.rand(setting.max_length, 33).softmax(-1)
         ids = torch.arange(32).expand(setting.max_length, 32)

@@ -50,7 +50,11 @@ def shrunken(folder):
     args += ["--trainer.callbacks.dirpath", str(folder)]
     cli = run_trainer_command(["fit", "--config", str(EXAMPLE), *args])
     weights = list(cli.model.student.parameters()) + list(cli.model.teacher.parameters())
-    return cli.trainer.global_step, all(isinstance(weight, DTensor) for weight in weights), float(cli.trainer.callback_metrics["train/loss"])
+    return (
+        cli.trainer.global_step,
+        all(isinstance(weight, DTensor) for weight in weights),
+        float(cli.trainer.callback_metrics["train/loss"]),
+    )
 
 
 def test_it_trains_shrunken_on_two_processes(tmp_path):
