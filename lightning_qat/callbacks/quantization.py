@@ -15,11 +15,12 @@ from lightning_qat.callbacks.arming import Arming
 from lightning_qat.callbacks.neighbours import check_neighbours, check_package
 from lightning_qat.callbacks.precision import warn_lost_updates
 from lightning_qat.callbacks.random_state import RandomState
-from lightning_qat.callbacks.reach import ReachProbe, is_compiled
+from lightning_qat.callbacks.reach import ReachProbe
 from lightning_qat.callbacks.reuse import WeightReuse
 from lightning_qat.callbacks.strategies import adapter_of
 from lightning_qat.callbacks.unfinished import refuse_unfinished_schedules
 from lightning_qat.modules import InsertionReport, insert_quantizers, named_quantizers, use_int8_forward
+from lightning_qat.modules.compiled import is_compiled
 from lightning_qat.modules.insertion import REACHED_ATTRIBUTE
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.modules.packed import packed_weights

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_qat.modules.kv import KVQuantizer
 from lightning_qat.modules.layer import QuantLayer
@@ -57,9 +56,3 @@ class ReachProbe:
     def missed(self) -> list[str]:
         """Names of layers that were not called."""
         return [name for name, module in self._watched.items() if id(module) not in self._seen]
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` was applied to a LightningModule, or to a module inside it."""
-    parts = any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in module.modules())
-    return parts or getattr(module, "_compiler_ctx", None) is not None

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_qat.modules.compiled import is_compiled
+
 
 class States(NamedTuple):
     """What a model computed.
@@ -46,11 +48,6 @@ def final_states(model: Any, inputs: dict[str, Tensor], needs: frozenset[str] = 
     finally:
         hook.remove()
     return States(caught[0], None, outputs.get("attentions"))
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether a model goes through ``torch.compile``, in either of its two forms."""
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 
 
 class Head:

@@ -155,7 +155,7 @@ class Setting:
     def gather_dtype(self) -> torch.dtype:
         """In which sharded weights are gathered."""
         if self.param_dtype is not None:
-            return getattr(torch, self.param_dtype)  # type: ignore[no-any-return]
+            return getattr(torch, self.param_dtype)
         mixed = PRECISIONS[self.precision][1] is not None
         return self.facts.gathers_in if mixed and self.facts.gathers_in is not None else self.dtype
 

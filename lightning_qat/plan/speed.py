@@ -52,7 +52,8 @@ def measure_speed(shape: Shape, setting: Setting) -> Speed:
     if free < needed:
         raise ValueError(f"measure: one block needs about {needed / 1e9:.1f} GB, this machine has {free / 1e9:.1f} GB free; leave it out")
     step = _step(shape, setting, device)
-    times, end = [], time.monotonic() + LIMIT
+    times: list[float] = []
+    end = time.monotonic() + LIMIT
     while len(times) < 2 or (len(times) < 12 and time.monotonic() < end):
         start = time.perf_counter()
         step()

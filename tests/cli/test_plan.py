@@ -33,7 +33,8 @@ def test_the_yaml_of_a_plan_trains(teacher, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.glob("runs/*/last.ckpt"))
 
 
-def test_a_yaml_is_read_as_a_plan(teacher, tmp_path, capsys):
+def test_a_yaml_is_read_as_a_plan(teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_qat.plan.advice.MOST_GPUS", 2)
     path = tmp_path / "fit.yaml"
     path.write_text(recipe(teacher, Setting(max_length=16, loss_chunk=8, optimizer="sgd")))
     assert main(["plan", "--config", str(path), "--memory", "1GiB"]) == 0

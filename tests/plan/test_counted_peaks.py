@@ -1,4 +1,7 @@
-"""The planned peak against the one that the allocator counts in a real step of a Trainer: peaks of 500 MB and more, within 15 %."""
+"""The planned peak against the one that the allocator counts in a real step of a Trainer: peaks of 500 MB and more, within 15 %.
+
+They were seen within 0.5 %; with compiled kernels 5 % are asked for, so that a forgotten tensor shows.
+"""
 
 import json
 
@@ -27,13 +30,13 @@ def planned_and_counted(folder, sizes, setting):
     return planned, counted_peak(model.to(getattr(torch, setting.teacher)), None, setting, config.vocab_size)
 
 
-def check(folder, sizes, record=None, **choices):
+def check(folder, sizes, record=None, tolerance=0.15, **choices):
     setting = Setting(**{"gpus": 1, "strategy": "single", "device": "cpu", **choices})
     planned, counted = planned_and_counted(folder, sizes, setting)
     if record is not None:
         print(f"\nROW {record} | {planned / 1e6:,.0f} | {counted / 1e6:,.0f} | {planned / counted:.3f}")
     assert counted >= 500_000_000
-    assert planned == pytest.approx(counted, rel=0.15)
+    assert planned == pytest.approx(counted, rel=tolerance)
 
 
 def test_planned_peak(tmp_path):
@@ -64,4 +67,4 @@ def test_planned_peaks(sizes, precision, teacher, checkpointing, chunk, tmp_path
     monkeypatch.setattr(compiled, "WORTH_COMPILING", 0)
     settings = {"precision": precision, "gradient_checkpointing": checkpointing, "loss_chunk": chunk, "batch_size": 2, "max_length": 256}
     record = f"{sizes} | {precision} | {'yes' if teacher else 'no'} | {'yes' if checkpointing else 'no'} | {chunk or 'plain'}"
-    check(tmp_path, {"deep": DEEP, "wide": WIDE}[sizes], record, teacher=TEACHER_OF[precision] if teacher else "none", **settings)
+    check(tmp_path, {"deep": DEEP, "wide": WIDE}[sizes], record, 0.05, teacher=TEACHER_OF[precision] if teacher else "none", **settings)

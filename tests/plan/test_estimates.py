@@ -166,9 +166,9 @@ def test_models_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"model: got 'llama-8b'.*'llama-13b'.*did you mean 'llama-"):
         read_shape("llama-8b", "w4a8kv4")
     ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model: .*ViTConfig, which has no causal language model"):
+    with pytest.raises(ValueError, match=r"model: .*ViTConfig, which has no causal language model"):
         read_shape(str(tmp_path), "w4a8kv4")
-    with pytest.raises(ValueError, match="model: .*no folder at './nothing/here'"):
+    with pytest.raises(ValueError, match=r"model: .*no folder at './nothing/here'"):
         read_shape("./nothing/here", "w4a8kv4")
 
 
