@@ -4,15 +4,12 @@ python -m benchmarks.lora_memory
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.memory import EXACT, TIMEOUT, measure
+from benchmarks.memory import measure, run_module
 from benchmarks.models import BY_NAME, Variant, Workload, llama
 from lightning_qat import LoraSettings, insert_quantizers
 from lightning_qat.distillation.lora import add_lora
@@ -29,12 +26,7 @@ def insert(model: nn.Module) -> None:
 
 
 def in_fresh_process(workload: Workload, name: str, device: str) -> dict[str, int]:
-    request = json.dumps({"workload": vars(workload), "name": name, "device": device})
-    command = [sys.executable, "-m", "benchmarks.lora_memory", request]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, env={**os.environ, **EXACT}, cwd=root, capture_output=True, text=True, timeout=TIMEOUT, check=True)
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_module("benchmarks.lora_memory", {"workload": vars(workload), "name": name, "device": device})
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Peak memory of the loss: from final hidden states through the heads of student and teacher, forward and backward.
+"""Peak memory of the loss, from final hidden states through the heads of student and teacher, and of a whole distillation step.
 
 python -m benchmarks.loss_memory                # CPU, some minutes; writes docs/results/loss-memory-cpu.{json,md}
 python -m benchmarks.loss_memory --device cuda
@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import report
 from benchmarks.memory import peak_of, run_module
+from lightning_qat import DistillationModule, insert_quantizers
+from lightning_qat.distillation.batches import read_batch
 from lightning_qat.losses import SoftCrossEntropy, chunked_sums, row_sums, soft_cross_entropy
 from lightning_qat.losses.base import OTHER_ROW_ELEMENTS, ROW_ELEMENTS
 
@@ -38,6 +41,7 @@ CASES = [
     (128_000, 4, 2048, [WHOLE, *list(FORMS)[2:]]),
 ]
 QUICK = [(1000, 2, 64, list(FORMS))]
+STEP = {"hidden_size": HIDDEN, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def measure(vocabulary: int, tokens: int, form: str, device: str) -> dict[str, int]:
@@ -56,6 +60,34 @@ def measure(vocabulary: int, tokens: int, form: str, device: str) -> dict[str, i
 
     step(16)  # what libraries allocate once
     return peak_of(lambda: step(tokens), device)
+
+
+class Plain(nn.Module):
+    """The plain form as a loss of the user's own, which is called with all logits."""
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        return soft_cross_entropy(student, teacher, mask)
+
+
+def measure_step(vocabulary: int, batch: int, length: int, form: str, device: str) -> dict[str, int]:
+    """The same for a whole distillation step: w4a8kv4, AdamW, activation checkpointing, teacher in memory."""
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=length, **STEP))
+    chunk = int(form.split()[-1]) if form.startswith("chunks") else None
+    module = DistillationModule(teacher, loss=Plain() if form == PLAIN else None, loss_chunk=chunk, gradient_checkpointing=True).to(device)
+    insert_quantizers(module.student, "w4a8kv4")
+    optimizer = torch.optim.AdamW(module.student.parameters(), lr=1e-4)
+
+    def step(rows: int, tokens: int) -> None:
+        ids = torch.randint(vocabulary, (rows, tokens), device=device)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = module.objective(module.student, module.teacher, read_batch({"input_ids": ids}))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(1, 16)  # what libraries and the optimizer allocate once
+    return peak_of(lambda: step(batch, length), device)
 
 
 def loss_of(form: str) -> Callable[[nn.Module, nn.Module, Tensor, Tensor], Tensor]:
@@ -84,14 +116,16 @@ def bound(vocabulary: int, tokens: int, form: str, device: str) -> int | None:
     return 3 * 2 * chunk * vocabulary + (8 + 2 * 2) * vocabulary * HIDDEN + 12 * tokens * HIDDEN + copies
 
 
-def rows(cases: list[tuple[int, int, int, list[str]]], device: str) -> Iterator[dict[str, Any]]:
+def rows(cases: list[tuple[int, int, int, list[str]]], device: str, whole_step: bool = False) -> Iterator[dict[str, Any]]:
     for vocabulary, batch, length, forms in cases:
         for form in forms:
-            case = {"vocabulary": vocabulary, "tokens": batch * length, "form": form, "device": device}
-            row = {**case, "batch": batch, "length": length}
+            case = {"vocabulary": vocabulary, "form": form, "device": device}
+            row = {**case, "batch": batch, "length": length, "tokens": batch * length}
             try:
-                found = run_module("benchmarks.loss_memory", case)
-                row |= {"before": found["before"], "rise": found["peak"] - found["before"], "bound": bound(**case)}
+                size = {"batch": batch, "length": length} if whole_step else {"tokens": batch * length}
+                found = run_module("benchmarks.loss_memory", case | size)
+                row |= {"before": found["before"], "rise": found["peak"] - found["before"], "peak": found["peak"]}
+                row["bound"] = None if whole_step else bound(vocabulary, batch * length, form, device)
                 print(f"{vocabulary} x {batch} x {length}, {form}: {row['rise'] / 2**20:,.0f} MiB", flush=True)
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 row["reason"] = str(error)
@@ -117,6 +151,16 @@ def page(result: dict[str, Any]) -> Iterator[str]:
         yield f"| {row['vocabulary']:,} | {row['batch']} x {row['length']} | {row['form']} | {peak} | {limit} | {copy} |"
     yield ""
     yield from (f"- {form}: {meaning}" for form, meaning in FORMS.items())
+    yield "\n## Of a distillation step\n"
+    yield (
+        "The whole step of `DistillationModule`: a Llama of 4 layers and 256 features as teacher and student (fp32, bf16 autocast), "
+        "`w4a8kv4`, "
+        "AdamW, activation checkpointing. Everything that is alive at the peak, weights and optimizer among it.\n"
+    )
+    yield "| vocabulary | tokens | form | before the step, MiB | peak MiB |\n|---:|---:|---|---:|---:|"
+    for row in result["steps"]:
+        peak = f"{row['before'] / 2**20:,.0f} | **{row['peak'] / 2**20:,.0f}**" if "peak" in row else f"not measured: {row['reason']} |"
+        yield f"| {row['vocabulary']:,} | {row['batch']} x {row['length']} | {row['form']} | {peak} |"
     yield "\nThe plain form was not run at 128,000 x 4 x 2048 tokens: it would take four times what it takes at 4 x 512."
 
 
@@ -129,6 +173,7 @@ def main() -> None:
     command = f"python -m benchmarks.loss_memory --device {args.device}" + " --quick" * args.quick
     result = report.head(args.device, command) | {"hidden": HIDDEN, "mode": "bf16-mixed"}
     result["rows"] = list(rows(QUICK if args.quick else CASES, args.device))
+    result["steps"] = list(rows(QUICK if args.quick else CASES, args.device, whole_step=True))
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"loss-memory-{'gpu' if args.device == 'cuda' else 'cpu'}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -137,6 +182,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
-        print(json.dumps(measure(**json.loads(sys.argv[1]))))
+        asked = json.loads(sys.argv[1])
+        print(json.dumps(measure(**asked) if "tokens" in asked else measure_step(**asked)))
     else:
         main()

@@ -92,6 +92,8 @@ def check_head(model: Any, who: str, device: torch.device) -> None:
     kind, plain = type(model).__name__, getattr(model, "_orig_mod", model)
     if "logits_to_keep" not in inspect.signature(plain.forward).parameters:
         raise MisconfigurationException(f"loss_chunk: the {who}, a {kind}, cannot leave out logits (it takes no logits_to_keep); {way_out}")
+    if (quantizer := getattr(plain.get_output_embeddings(), "input_quantizer", None)) and quantizer.spec.granularity == "tensor":
+        raise MisconfigurationException(f"loss_chunk: the head of the {who} has one range for all tokens (granularity 'tensor'); {way_out}")
     inputs = {"input_ids": torch.tensor([[1, 2, 3, 4]], device=device)}
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from lightning_qat import DistillationModule, QuantizationCallback, QuantScheme, insert_quantizers
+from lightning_qat import DistillationModule, QuantizationCallback, QuantScheme, TensorSpec, insert_quantizers
 from lightning_qat.distillation.batches import read_batch
 from lightning_qat.distillation.passes import Head, check_head, final_states
 from lightning_qat.losses import AttentionLoss, HiddenStateLoss, LabelCrossEntropy, ReverseKL, SoftCrossEntropy, TopK
@@ -216,6 +216,14 @@ def test_logits_that_are_not_the_heads_are_refused():
     model = llama()
     model.__class__ = Shifted
     with pytest.raises(MisconfigurationException, match="loss_chunk: the logits of the student, a Shifted, are not its head's; pass"):
+        check_head(model, "student", torch.device("cpu"))
+
+
+def test_a_head_with_one_range_for_all_tokens_is_refused():
+    scheme = QuantScheme(weight=TensorSpec(bits=8), input=TensorSpec(bits=8, granularity="tensor"), exclude=("model.embed_tokens",))
+    model = llama()
+    insert_quantizers(model, scheme)
+    with pytest.raises(MisconfigurationException, match="head of the student has one range for all tokens .*; pass loss_chunk=None"):
         check_head(model, "student", torch.device("cpu"))
 
 

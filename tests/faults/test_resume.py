@@ -47,6 +47,8 @@ def check(kind, folder, store, data, estimate=False, every=5, **limits):
     assert all(ranks)
     for rank, found in enumerate(ranks):
         for name, different in found.items():
+            if not name.startswith("step") and "max_steps" in limits:  # Lightning ends that epoch twice, and callbacks see it
+                different = [item for item in different if not item.startswith(".callback")]
             assert different == [], (rank, name)
     return ranks[0]
 
