@@ -8,12 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lightning_qat.modules import named_quantizers
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model: the longest list of modules of one type."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1]
-    return max(lists, key=len, default=[])
+from lightning_qat.modules.blocks import blocks_of
 
 
 def shard(model: nn.Module, mesh: Any, param_dtype: torch.dtype | None, fill: Callable[[nn.Module], None]) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_qat.generation.teacher import read_config
 from lightning_qat.modules import InsertionReport, insert_quantizers
+from lightning_qat.modules.blocks import blocks_of
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.registry import did_you_mean
 from lightning_qat.scheme import QuantScheme
@@ -129,12 +130,6 @@ def _config_of(shape: _Llama) -> LlamaConfig:
         max_position_embeddings=4096 if shape.hub_ids[0].startswith("meta") else 2048,
         tie_word_embeddings=False,
     )
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model: the longest list of modules of one type."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1]
-    return max(lists, key=len, default=[])
 
 
 def shallow(config: Any, blocks: int) -> Any:

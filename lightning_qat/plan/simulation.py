@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_qat.losses import SoftCrossEntropy, TopK, base, chunked_sums, row_sums, sparse
 from lightning_qat.modules import insert_quantizers
+from lightning_qat.modules.blocks import blocks_of
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.numerics.backends import compiled, reference
 from lightning_qat.plan.setting import KEPT_PROBABILITIES, Step
-from lightning_qat.plan.shapes import blocks_of, shallow
+from lightning_qat.plan.shapes import shallow
 from lightning_qat.plan.tracker import MemoryTracker
 
 ACTIVATIONS, QUANTIZED, LOSS = "activations", "quantized weights", "loss"
