@@ -36,6 +36,7 @@ class QATCli(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser with readable errors."""
         kwargs.setdefault("dump_header", ["lightning_qat"])
+        kwargs.setdefault("prog", "lightning-qat")
         parser = TrainerParser(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in json or yaml format.")
         return parser
@@ -78,5 +79,6 @@ def run_trainer_command(args: Sequence[str], run: bool = True) -> QATCli:
         args: The command and its options.
         run: With False, only build the model, data and trainer.
     """
-    with mock.patch.object(sys, "argv", ["lightning-qat", *(args if run else args[1:])]):
+    # The program's own name stays: on several devices Lightning starts it once more for each further process.
+    with mock.patch.object(sys, "argv", [sys.argv[0], *(args if run else args[1:])]):
         return QATCli(run)

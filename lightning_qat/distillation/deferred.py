@@ -15,17 +15,26 @@ class DeferredWeights:
     Args:
         name: Folder, hub id, or ``tiny-teacher``.
         device: Where this process computes.
+
+    Raises:
+        ValueError: The files cannot be read.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
         self.alone = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
         self.tensors: dict[str, Tensor] = {}
+        about: list[Any] = [None]
         if self.alone or distributed.get_rank() == 0:
-            self.tensors = dict(load_causal_lm(name, "auto").named_parameters(remove_duplicate=False))
-        about: list[Any] = [{key: (tensor.shape, tensor.dtype) for key, tensor in self.tensors.items()}]
+            try:
+                self.tensors = dict(load_causal_lm(name, "auto").named_parameters(remove_duplicate=False))
+                about = [{key: (tensor.shape, tensor.dtype) for key, tensor in self.tensors.items()}]
+            except ValueError as error:
+                about = [error]
         if not self.alone:
             distributed.broadcast_object_list(about, src=0)
+        if isinstance(about[0], ValueError):  # on all ranks, or the others would wait for rank 0
+            raise about[0]
         self.about: dict[str, tuple[torch.Size, torch.dtype]] = about[0]
 
     def fill(self, model: nn.Module, part: nn.Module) -> None:

@@ -191,6 +191,18 @@ def test_deferred_weights_are_those_of_the_files(kind, world, tmp_path):
     assert trained.keys() == alone[1].keys()
 
 
+def without_files(folder):
+    made = module(dtype=None, teacher=str(folder), defer_loading=True)
+    with pytest.raises(ValueError, match="teacher: cannot read weights from"):
+        trainer("fsdp2", 2).fit(made, loader(2))
+    return True
+
+
+def test_missing_files_stop_every_process(tmp_path):
+    tied_llama().config.save_pretrained(tmp_path)
+    assert all(run_ranks(without_files, tmp_path))
+
+
 def test_a_model_in_memory_is_not_deferred():
     with pytest.raises(ValueError, match="defer_loading: teacher is a model in memory"):
         module(dtype=None, defer_loading=True)
