@@ -7,7 +7,7 @@ DOCS_STAMP := $(VENV)/docs-installed
 PEERS_STAMP := $(VENV)/peers-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check bench bench-gpu bench-generation bench-recipe docs clean
+.PHONY: help install demo test test-all check bench bench-gpu bench-generation bench-memory bench-recipe docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,11 +25,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## data-free 4-bit and 2-bit training of the bundled teacher (about 8 minutes on 2 cores)
 	$(BIN)/lightning-qat demo
 
+# Two workers, one file at a time each: what a file's tests share is made once.
 test: $(STAMP) ## the default tests (about 6 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(PEERS_STAMP) ## every test, the slow ones and the comparison with torchao too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) ## ruff, mypy, import contracts, spelling
 	$(BIN)/ruff check .
@@ -52,6 +53,10 @@ bench-gpu: $(PEERS_STAMP) ## the same on a GPU
 bench-generation: $(STAMP) ## tokens per second of generation, and training from kept probabilities (about 40 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.targets
+
+bench-memory: $(STAMP) ## memory of the loss, of a distillation step, and of LoRA (about 20 minutes)
+	$(BIN)/python -m benchmarks.loss_memory
+	$(BIN)/python -m benchmarks.lora_memory
 
 bench-recipe: $(STAMP) ## LLM-QAT against the reference recipe, three seeds (about 35 minutes on 2 cores)
 	$(BIN)/python benchmarks/reference_recipe.py
