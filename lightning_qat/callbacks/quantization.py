@@ -173,6 +173,11 @@ class QuantizationCallback(Callback):
         self._reuse.stop()
 
     @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Random numbers of a finished run, if it was started once more."""
+        self._random.restore_numbers(trainer)
+
+    @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch which quantized layers the first batch reaches."""
         root = quantization_root(pl_module)

@@ -53,10 +53,15 @@ class RandomState:
         if self._loaded is None:
             return
         restore_loader_position(trainer)
-        _set(self._loaded, trainer.strategy.root_device)
-        self._loaded = None
+        self.restore_numbers(trainer)
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             _renew_iterator(trainer)
+
+    def restore_numbers(self, trainer: pl.Trainer) -> None:
+        """Put back the generators only: enough for the checkpoint of a finished run, from which no training starts."""
+        if self._loaded is not None:
+            _set(self._loaded, trainer.strategy.root_device)
+            self._loaded = None
 
     def forget(self) -> None:
         """Drop what was loaded."""

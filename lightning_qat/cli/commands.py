@@ -56,7 +56,7 @@ def evaluate(
     """Perplexity and bits per byte of a model, an export or a training checkpoint on real text.
 
     Args:
-        model: Folder or hub id of a transformers model, a folder written by export, a .ckpt file, or tiny-teacher.
+        model: Folder or hub id of a transformers model, a folder written by export, a .ckpt (or .ckpt.consolidated) file, or tiny-teacher.
         text: A .txt or .jsonl file, or held-out for the bundled text.
         scheme: Round the model's weights to this scheme first (only for a full-precision model).
         context: Tokens per window; each token is scored once.
@@ -101,6 +101,11 @@ def export(checkpoint: str, out: str, format: str = "native") -> None:
 
 
 def _load_checkpoint(path: str) -> DistillationModule:
+    if Path(path).is_dir():
+        raise ValueError(
+            f"checkpoint: {path!r} is a folder with one file per process; make a file of it with\n"
+            f"  python -m lightning.fabric.utilities.consolidate_checkpoint {path}\nwhich writes {path}.consolidated"
+        )
     if not Path(path).is_file():
         raise ValueError(f"checkpoint: no file at {path!r}")
     try:
@@ -121,7 +126,7 @@ def _load_checkpoint(path: str) -> DistillationModule:
 
 def _load_any(model: str) -> tuple[Any, Any]:
     """(model, tokenizer) of whatever the user named."""
-    if model.endswith(".ckpt"):
+    if model.endswith((".ckpt", ".ckpt.consolidated")):
         module = _load_checkpoint(model)
         return module.student, load_tokenizer(module.hparams["teacher"] or module.hparams["student"])
     if (Path(model) / "manifest.json").is_file():

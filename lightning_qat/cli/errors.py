@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -9,14 +10,29 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_qat
+from lightning_qat import callbacks, losses
 from lightning_qat.registry import did_you_mean
 
-_NOISE = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class", "Given value", "- Problem with given", "usage:", "tip:")
+_NOISE: tuple[str, ...] = (
+    "Does not validate",
+    "- Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "- Problem with given",
+    "usage:",
+    "tip:",
+)
+_NOISE += ("- Expected a <class", "Expected a path but", "- Expected a path but")
+_NOISE += ("Not a valid subclass", "- Not a valid subclass", "Subclass types expect")
+_NOISE += ("- a class path (", "- a dict with", "a class path (", "a dict with")
+_UNKNOWN_CLASS = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 
 
 _UNION = re.compile(
     r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes\s+Subtypes: \[(.*)\]\n(?s:.*)Given value: (.*)'
 )
+_CLASS_PATH = re.compile(r"""class_path['"]?:? ?['"]([\w.]+)['"]""")
 _PLAIN = re.compile(r"<class '(\w+)'>|typing\.Literal\[([^\]]*)\]")
 
 
@@ -36,10 +52,13 @@ def brief(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     useful = [line.removeprefix("- ") for line in lines if line and not line.startswith(_NOISE)]
     text = "\n  ".join(useful or lines)
+    if (unknown := _UNKNOWN_CLASS.search(text)) and (names := getattr(sys.modules.get(unknown[1]), "__all__", None)):
+        text = text.replace(unknown[0], f"{unknown[0]}; {did_you_mean(unknown[2], [name for name in names if name[0].isupper()])}")
     option = re.search(r"Option '(\w+)' is not accepted(?!; expected)", text)
-    owners = re.findall(r"class_path'?:? '([\w.]+)'", message[: message.find("is not accepted")] if option else "")
-    owners = owners or re.findall(r"class_path'?:? '([\w.]+)'", message)
-    if option and owners and (allowed := _parameters(owners[-1])):
+    owners = _CLASS_PATH.findall(message[: message.find("is not accepted")] if option else "")
+    owners = owners or _CLASS_PATH.findall(message)
+    keys = re.findall(r'Parser key "(\w+)"', text)
+    if option and owners and (allowed := _parameters(owners[-1])) and not set(keys[-1:]) & set(allowed):  # not of an argument's own fields
         text = text.replace(option[0], f"{option[0]}; {did_you_mean(option[1], allowed)}")
     return text
 
@@ -47,7 +66,7 @@ def brief(message: str) -> str:
 def _parameters(class_path: str) -> list[str]:
     """What the constructor of a class takes; short names are those that YAML files may use."""
     name = class_path.rsplit(".", 1)[-1]
-    found: Any = getattr(lightning_qat, name, None)
+    found: Any = next((getattr(room, name) for room in (lightning_qat, callbacks, losses) if hasattr(room, name)), None)
     for base in (LightningModule, LightningDataModule):
         found = found or next((cls for cls in base.__subclasses__() if cls.__name__ == name), None)
     return [] if found is None else [parameter for parameter in inspect.signature(found).parameters if parameter != "self"]

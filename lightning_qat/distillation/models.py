@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -52,19 +54,41 @@ def _skeletons(teacher: Model, student: Model, teacher_dtype: str) -> tuple[Any,
     return frozen, causal_lm_skeleton(str(teacher if student is None else student), torch.float32).train()
 
 
+def check_strategy(trainer: pl.Trainer, param_dtype: str | None) -> None:
+    """Refuse what a strategy cannot do for a :class:`~lightning_qat.DistillationModule`.
+
+    Args:
+        trainer: Its Trainer, which need not have started its processes.
+        param_dtype: What the user called it.
+
+    Raises:
+        MisconfigurationException: Tensor parallelism, sizes that do not multiply to the processes, or a dtype that nobody gathers in.
+    """
+    strategy, world = trainer.strategy, trainer.num_nodes * trainer.num_devices
+    if not isinstance(strategy, ModelParallelStrategy):
+        if param_dtype is not None and trainer.state.fn == "fit":
+            raise MisconfigurationException(
+                f"param_dtype: got {param_dtype!r} with {type(strategy).__name__}, which gathers no weights; it is for "
+                "ModelParallelStrategy (FSDP2). Leave it out, or see precision='bf16-mixed'"
+            )
+        return
+    data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
+    # Lightning's "auto": data parallel over nodes, tensor parallel over the devices of each.
+    sizes = (trainer.num_nodes if data == "auto" else data, trainer.num_devices if tensor == "auto" else tensor)
+    if sizes != (world, 1):
+        raise MisconfigurationException(
+            f"ModelParallelStrategy(data_parallel_size={data!r}, tensor_parallel_size={tensor!r}) on {world} processes: DistillationModule "
+            f"is sharded (FSDP2) and not split within a layer; use data_parallel_size={world}, tensor_parallel_size=1"
+        )
+
+
 def distribute(module: Any) -> None:
     """Give a :class:`~lightning_qat.DistillationModule` its deferred weights, and shard it where its Trainer has a device mesh.
 
     Raises:
-        MisconfigurationException: Tensor parallelism is asked for.
         ValueError: Weights cannot be read.
     """
     mesh = module.device_mesh
-    if mesh is not None and mesh["tensor_parallel"].size() > 1:
-        raise MisconfigurationException(
-            f"ModelParallelStrategy(tensor_parallel_size={mesh['tensor_parallel'].size()}): DistillationModule is sharded (FSDP2) and not "
-            f"split within a layer; use data_parallel_size={mesh.size()}, tensor_parallel_size=1"
-        )
     sources: dict[str, DeferredWeights] = {}
     for model, name, dtype in _models(module):
         if isinstance(model, FSDPModule):

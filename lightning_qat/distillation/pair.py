@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
-from lightning_qat.distillation.models import distribute
+from lightning_qat.distillation.models import check_strategy, distribute
 from lightning_qat.distillation.teachers import move_teacher, outside_ddp
 from lightning_qat.modules import insert_quantizers, scheme_of
 from lightning_qat.modules.weights import WEIGHT_DTYPES, set_weight_dtypes, weight_dtypes
@@ -67,6 +67,12 @@ class TeacherAndStudent(pl.LightningModule):
             self.teacher = teacher
         move_teacher(teacher, fn)
         return self
+
+    @override
+    def configure_callbacks(self) -> list[Any]:
+        """The first hook of a run: refuse, before data is generated, what its strategy cannot do."""
+        check_strategy(self.trainer, self.hparams["param_dtype"])
+        return []
 
     @override
     def configure_model(self) -> None:

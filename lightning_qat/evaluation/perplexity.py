@@ -38,6 +38,8 @@ class TokenPerplexity(Metric):
         """Add a sum of negative log-likelihoods over so many tokens."""
         self.nats += nats
         self.tokens += tokens
+        self._update_count += 1  # as torchmetrics does around `update`: else `compute` warns, and may give what it gave before
+        self._computed = None
 
     def compute(self) -> Tensor:
         """exp(nats / tokens)."""

@@ -142,6 +142,11 @@ def put(config, path, value):
         ("data.init_args.num_samples", 3, ["num_samples: got 3 with val_samples=4"]),
         ("model.init_args.teacher", "./nothing/here", ["no folder at", "nothing/here"]),
         ("data.init_args.validation", "./nothing.txt", ["text: no file at", "nothing.txt"]),
+        ("model.init_args.loss", "lightning_qat.losses.SoftCrosEntropy", ["did you mean 'SoftCrossEntropy'?"]),
+        ("model.init_args.lora", {"rank": 0}, ["LoraSettings.rank: got 0"]),
+        ("model.init_args.param_dtype", "bfloat16", ["param_dtype: got 'bfloat16'", "ModelParallelStrategy"]),
+        ("trainer.callbacks", [{"class_path": "lightning_qat.callbacks.DelaydStart"}], ["did you mean 'DelayedStart'?"]),
+        ("trainer.callbacks", [{"class_path": "lightning_qat.callbacks.DelayedStart"}], ["DelayedStart: nothing is delayed"]),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else None,
 )
@@ -149,6 +154,16 @@ def test_a_mistake_in_the_yaml(path, value, parts, config, tmp_path, capsys):
     put(config, path, value)
     message = refused(capsys, fit(config, tmp_path))
     assert all(part in message for part in parts), message
+    assert "Subclass types" not in message
+    assert "Union subtypes" not in message
+    assert not (tmp_path / "gen").exists(), "data was generated first"
+
+
+@pytest.mark.parametrize("command", [["export", "--out", "out", "--checkpoint"], ["evaluate", "--model"]], ids=["export", "evaluate"])
+def test_a_checkpoint_of_several_processes_is_refused_with_the_command_that_joins_it(command, tmp_path, capsys):
+    (tmp_path / "last.ckpt").mkdir()
+    message = refused(capsys, main([*command, str(tmp_path / "last.ckpt")]))
+    assert f"lightning.fabric.utilities.consolidate_checkpoint {tmp_path / 'last.ckpt'}" in message
 
 
 def test_a_yaml_that_is_not_there(tmp_path, capsys):

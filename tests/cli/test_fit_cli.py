@@ -1,6 +1,8 @@
 """`lightning-qat fit`: files in layers, options on top, a configuration that runs again, and modules and data of the user's own."""
 
+import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import lightning.pytorch as pl
@@ -243,3 +245,15 @@ def test_our_cli_builds_the_optimizer_after_the_quantizers(learned, tmp_path):
     assert cli.model.net[0].weight_quantizer.gain.item() != 1.0
     with pytest.raises(ValueError, match="optimizer"):
         fit("--config", written(config, tmp_path), "--optimizer", "torch.optim.AdamW")
+
+
+@pytest.mark.slow
+def test_the_command_starts_the_other_processes_itself(teacher, tmp_path):
+    config = distillation(teacher, tmp_path)
+    config["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    command = [sys.executable, "-m", "lightning_qat.cli", "fit", "--config", written(config, tmp_path)]
+    script = [str(Path(sys.executable).with_name("lightning-qat")), *command[3:]]
+    for args in (command, script) if Path(script[0]).exists() else (command,):
+        done = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Starting with 2 processes" in done.stderr

@@ -25,6 +25,18 @@ from lightning_qat.quantizers.minmax import MinMaxQuantizer
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 1}
 
 
+class Stop(EarlyStopping):
+    """Never stops, looks at a metric of training (what validation found is not kept), and notes when it looked."""
+
+    def __init__(self):
+        super().__init__("loss", patience=1000, strict=False)
+        self.looked = set()
+
+    def _run_early_stopping_check(self, trainer):
+        self.looked.add(trainer.global_step)
+        super()._run_early_stopping_check(trainer)
+
+
 class LearnedGain(MinMaxQuantizer):
     """Min-max times a learned number."""
 
@@ -72,7 +84,7 @@ class Student(pl.LightningModule):
         x = batch if isinstance(batch, torch.Tensor) else functional.one_hot(batch["input_ids"] % 8, 8).float()
         self.seen.append(x)
         loss = (self.net(x) - 1).square().mean()
-        self.log("loss", loss)
+        self.log("loss", loss, sync_dist=True)  # else callbacks differ by rank, and Lightning saves those of rank 0 only
         return loss
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
@@ -172,12 +184,11 @@ def train(kind, data, scheme, ckpt_path=None, callbacks=(), module=None, seed=0,
     rank = int(os.environ.get("RANK", "0"))
     for seed_it in (torch.manual_seed, numpy.random.seed, random.seed):
         seed_it(100 * seed + rank)
-    stop = EarlyStopping("loss", patience=1000, strict=False)  # a metric of training: what validation found is not kept
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world(kind),
         strategy=strategy(kind),
-        callbacks=[QuantizationCallback(scheme), stop, *callbacks],
+        callbacks=[QuantizationCallback(scheme), Stop(), *callbacks],
         enable_checkpointing=bool(callbacks),
         **QUIET | {"use_distributed_sampler": False} | limits,
     )

@@ -38,7 +38,11 @@ def compare(kind, folder, store, data, estimate, every, limits):
             if steps(path) < last.global_step:
                 module, options = Student(estimate), {"ckpt_path": str(path), "seed": 9, **limits}
                 resumed = train(kind, DATA[data](store), scheme, module=module, **options)
-                found[f"{path.parent.name} {steps(path)}"] = differences(whole, end_of(resumed))
+                different = differences(whole, end_of(resumed))
+                if path.parent.name != "epoch" and steps(path) in last.early_stopping_callback.looked:
+                    # Lightning does not make up for what callbacks do after the checkpoint and before the next step (docs/resume.md)
+                    different = [item for item in different if not item.startswith(".callback")]
+                found[f"{path.parent.name} {steps(path)}"] = different
     return found
 
 
@@ -47,8 +51,6 @@ def check(kind, folder, store, data, estimate=False, every=5, **limits):
     assert all(ranks)
     for rank, found in enumerate(ranks):
         for name, different in found.items():
-            if not name.startswith("step") and "max_steps" in limits:  # Lightning ends that epoch twice, and callbacks see it
-                different = [item for item in different if not item.startswith(".callback")]
             assert different == [], (rank, name)
     return ranks[0]
 
@@ -58,24 +60,31 @@ def test_one_process_from_every_step(store, tmp_path):
     assert {f"step {step}" for step in range(1, 12)} | {"epoch 6", "validation 6"} == set(found)
 
 
-@pytest.mark.parametrize("data", ["store", "stream", "workers"])
+@pytest.mark.parametrize("data", [*(pytest.param(data, marks=pytest.mark.slow) for data in ("store", "workers")), "stream"])
 def test_generated_data(data, store, tmp_path):
     """The estimate makes Lightning drop the state of loaders (its issue 20550)."""
-    assert set(check("single", tmp_path, store, data, estimate=True, every=5, max_epochs=2)) >= {"step 5", "epoch 8"}
+    assert set(check("single", tmp_path, store, data, estimate=True, every=11, max_epochs=2)) >= {"step 11", "epoch 8"}
 
 
+@pytest.mark.slow
 def test_accumulated_batches_up_to_a_number_of_steps(store, tmp_path):
     found = check("single", tmp_path, store, "store", every=2, max_steps=7, accumulate_grad_batches=2)
     assert {"step 2", "step 4", "epoch 4", "step 6"} <= set(found)
 
 
+@pytest.mark.slow
 def test_validation_within_an_epoch(store, tmp_path):
     found = check("single", tmp_path, store, "foreign", estimate=True, every=4, max_epochs=2, val_check_interval=3)
     assert {"validation 3", "validation 9", "step 4", "step 8"} <= set(found)
 
 
 @pytest.mark.parametrize(
-    ("kind", "data"), [("ddp", "store"), ("fsdp2", "store"), pytest.param("fsdp2-file", "foreign", marks=pytest.mark.slow)]
+    ("kind", "data"),
+    [
+        pytest.param("ddp", "store", marks=pytest.mark.slow),
+        ("fsdp2", "store"),
+        pytest.param("fsdp2-file", "foreign", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes(kind, data, store, tmp_path):
     found = check(kind, tmp_path, store, data, estimate=True, every=3, max_epochs=2, accumulate_grad_batches=2)
@@ -91,6 +100,20 @@ def test_two_processes(kind, data, store, tmp_path):
 )
 def test_everything(kind, data, estimate, limits, store, tmp_path):
     check(kind, tmp_path, store, data, estimate, every=1, **limits)
+
+
+def finished(folder):
+    """The random numbers after a run, and after it was started again with nothing left to do."""
+    keep = [AtomicModelCheckpoint(folder, save_last=True)]
+    with learned_and_static() as scheme:
+        whole = end_of(train("single", ForeignData(), scheme, callbacks=keep, max_epochs=1))
+        again = train("single", ForeignData(), scheme, ckpt_path=str(folder / "last.ckpt"), max_epochs=1, seed=9)
+    return differences(whole, end_of(again))
+
+
+def test_a_finished_run_started_again(tmp_path):
+    (different,) = run_ranks(finished, tmp_path, world=1)
+    assert [item for item in different if item.startswith((".random", ".weights", ".buffers", ".place"))] == []
 
 
 def test_torch_shuffles_as_the_whole_run_would_have_only_from_the_end_of_an_epoch(store, tmp_path):
@@ -112,7 +135,7 @@ def distil(kind, folder, store):
     return differences(whole, resumed)
 
 
-@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", [pytest.param("single", marks=pytest.mark.slow), "ddp", "fsdp2"])
 def test_distillation_with_dropout(kind, store, tmp_path):
     assert run_ranks(distil, kind, tmp_path, store, world=world(kind)) == [[]] * world(kind)
 

@@ -132,7 +132,7 @@ def whole(store, tmp_path_factory):
 
 
 # Second and later counts: something is there already that must not get lost.
-MOMENTS = [("training_step", 8), ("validation_step", 2), ("save", 4), ("flush", 4)]
+MOMENTS = [("training_step", 8), ("validation_step", 2), ("save", 4), pytest.param(("flush", 4), marks=pytest.mark.slow)]
 FOLDERS = [("meta", 3), pytest.param(("_delete", 5), marks=pytest.mark.slow)]
 
 
@@ -153,7 +153,8 @@ def test_two_processes_killed_at_the_worst_moments(moment, whole, store, quick_p
     compare(whole(kind), quick_path, kind)
 
 
-@pytest.mark.parametrize("kind", ["single", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ddp", "fsdp2"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp2"])
 def test_distillation_killed_at_random_moments(kind, whole, store, quick_path):
     args = (quick_path, store, kind, distillation)
     run_with_kills(job, args, kills=1, delay=(0.3, 1.0), after_kill=lambda: check_checkpoints(quick_path))

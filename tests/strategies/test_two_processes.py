@@ -214,6 +214,8 @@ def test_a_model_in_memory_is_not_deferred():
 def tensor_parallel():
     with pytest.raises(MisconfigurationException, match="use data_parallel_size=2, tensor_parallel_size=1"):
         trainer(ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2), 2).fit(module(), loader(2))
+    with pytest.raises(MisconfigurationException, match=r"tensor_parallel_size='auto'.*use data_parallel_size=2, tensor_parallel_size=1"):
+        trainer(ModelParallelStrategy(data_parallel_size=2), 2).fit(module(), loader(2))  # Lightning's default
     return True
 
 
