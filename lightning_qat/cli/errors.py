@@ -33,6 +33,7 @@ _UNION = re.compile(
     r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes\s+Subtypes: \[(.*)\]\n(?s:.*)Given value: (.*)'
 )
 _CLASS_PATH = re.compile(r"""class_path['"]?:? ?['"]([\w.]+)['"]""")
+_SHORT_NAME = re.compile(r"Expected a dot import path string: (\w+)$")
 _PLAIN = re.compile(r"<class '(\w+)'>|typing\.Literal\[([^\]]*)\]")
 
 
@@ -54,6 +55,11 @@ def brief(message: str) -> str:
     text = "\n  ".join(useful or lines)
     if (unknown := _UNKNOWN_CLASS.search(text)) and (names := getattr(sys.modules.get(unknown[1]), "__all__", None)):
         text = text.replace(unknown[0], f"{unknown[0]}; {did_you_mean(unknown[2], [name for name in names if name[0].isupper()])}")
+    if short := _SHORT_NAME.search(text):
+        known = {name for room in (lightning_qat, callbacks, losses) for name in room.__all__ if name[0].isupper()}
+        text = text.replace(
+            short[0], f"no class has the short name {short[1]!r}, {did_you_mean(short[1], known)} (others: their full path)"
+        )
     option = re.search(r"Option '(\w+)' is not accepted(?!; expected)", text)
     owners = _CLASS_PATH.findall(message[: message.find("is not accepted")] if option else "")
     owners = owners or _CLASS_PATH.findall(message)

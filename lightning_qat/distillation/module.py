@@ -189,10 +189,10 @@ class DistillationModule(TeacherAndStudent):
         read = self._read(batch)
         options: dict[str, Any] = {"batch_size": len(read.ids), "add_dataloader_idx": False}
         if read.is_text:
-            self.ppl_text.add(*self.objective.nats(self.student, read))
+            self.ppl_text.update(*self.objective.nats(self.student, read))
             self.log("val/ppl_text", self.ppl_text, prog_bar=True, **options)
             return
-        self.ppl_generated.add(*self.objective.nats(self.student, read))
+        self.ppl_generated.update(*self.objective.nats(self.student, read))
         self.log("val/ppl_generated", self.ppl_generated, **options)
         if self._has_teacher(read):
             tokens = read.counts.sum()

@@ -30,16 +30,10 @@ class TokenPerplexity(Metric):
         self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> None:
-        """Add a batch: logits [batch, tokens, vocabulary], ids and mask [batch, tokens]."""
-        self.add(*next_token_nll(logits, input_ids, mask))
-
-    def add(self, nats: Tensor, tokens: Tensor) -> None:
-        """Add a sum of negative log-likelihoods over so many tokens."""
+    def update(self, nats: Tensor, tokens: Tensor) -> None:
+        """Add a sum of negative log-likelihoods over so many tokens, as :func:`~lightning_qat.losses.next_token_nll` gives them."""
         self.nats += nats
         self.tokens += tokens
-        self._update_count += 1  # as torchmetrics does around `update`: else `compute` warns, and may give what it gave before
-        self._computed = None
 
     def compute(self) -> Tensor:
         """exp(nats / tokens)."""
@@ -106,7 +100,7 @@ def score_text(
             for start in range(0, len(windows), batch_size):
                 ids, mask = (part.to(device) for part in pad_batch(windows[start : start + batch_size]))
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                metric.update(logits.cpu(), ids.cpu(), mask.cpu())
+                metric.update(*next_token_nll(logits.cpu(), ids.cpu(), mask.cpu()))
                 if progress is not None:
                     progress(len(ids))
     finally:

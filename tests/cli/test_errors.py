@@ -143,6 +143,7 @@ def put(config, path, value):
         ("model.init_args.teacher", "./nothing/here", ["no folder at", "nothing/here"]),
         ("data.init_args.validation", "./nothing.txt", ["text: no file at", "nothing.txt"]),
         ("model.init_args.loss", "lightning_qat.losses.SoftCrosEntropy", ["did you mean 'SoftCrossEntropy'?"]),
+        ("model.init_args.loss", "SoftCrosEntropy", ["no class has the short name 'SoftCrosEntropy'", "did you mean 'SoftCrossEntropy'?"]),
         ("model.init_args.lora", {"rank": 0}, ["LoraSettings.rank: got 0"]),
         ("model.init_args.param_dtype", "bfloat16", ["param_dtype: got 'bfloat16'", "ModelParallelStrategy"]),
         ("trainer.callbacks", [{"class_path": "lightning_qat.callbacks.DelaydStart"}], ["did you mean 'DelayedStart'?"]),

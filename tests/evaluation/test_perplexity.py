@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_qat import insert_quantizers
 from lightning_qat.evaluation import HELD_OUT, TokenPerplexity, read_documents, score_text, text_windows
+from lightning_qat.losses import next_token_nll
 
 TOKENIZER = character_tokenizer()
 LENGTHS = (12, 7, 2, 9, 12, 5, 3)
@@ -99,9 +100,9 @@ def test_padding_on_either_side_is_not_scored(side):
     real = slice(3, 8) if side == "left" else slice(0, 5)
     mask[1, where] = 0
     padded, alone = TokenPerplexity(), TokenPerplexity()
-    padded.update(logits, ids, mask)
-    alone.update(logits[:1], ids[:1])
-    alone.update(logits[1:, real], ids[1:, real])
+    padded.update(*next_token_nll(logits, ids, mask))
+    alone.update(*next_token_nll(logits[:1], ids[:1]))
+    alone.update(*next_token_nll(logits[1:, real], ids[1:, real]))
     assert padded.tokens == alone.tokens == 7 + 4
     torch.testing.assert_close(padded.compute(), alone.compute(), rtol=1e-6, atol=0)
 
@@ -109,11 +110,11 @@ def test_padding_on_either_side_is_not_scored(side):
 def test_instances_merge_by_tokens():
     logits, ids = torch.randn(6, 9, 11), torch.randint(0, 11, (6, 9))
     whole, first, second = TokenPerplexity(), TokenPerplexity(), TokenPerplexity()
-    whole.update(logits, ids)
-    first.update(logits[:1, :3], ids[:1, :3])  # 2 tokens, as many as decide against a mean of means
+    whole.update(*next_token_nll(logits, ids))
+    first.update(*next_token_nll(logits[:1, :3], ids[:1, :3]))  # 2 tokens, as many as decide against a mean of means
     rest = torch.ones(6, 9, dtype=torch.long)
     rest[0, :2] = 0
-    second.update(logits, ids, rest)
+    second.update(*next_token_nll(logits, ids, rest))
     second.merge_state(first)
     torch.testing.assert_close(second.compute(), whole.compute(), rtol=1e-6, atol=0)
     assert second.tokens == whole.tokens == 48

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -164,8 +165,15 @@ def test_distillation_killed_at_random_moments(kind, whole, store, quick_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["single", "ddp", "fsdp2"])
 def test_training_killed_at_many_random_moments(kind, whole, store, quick_path):
-    run_with_kills(job, (quick_path, store, kind), kills=25, delay=(0.05, 0.8), after_kill=lambda: check_checkpoints(quick_path))
-    compare(whole(kind), quick_path, kind)
+    undisturbed, start = whole(kind), time.monotonic()
+    (quick_path / "timed").mkdir()
+    job(quick_path / "timed", store, kind)
+    seconds, folder = time.monotonic() - start, quick_path / "killed"
+    folder.mkdir()
+    delay = (0.1 * seconds, 0.6 * seconds)  # of the time of a run, for on a fast machine none would land otherwise
+    landed = run_with_kills(job, (folder, store, kind), kills=25, delay=delay, after_kill=lambda: check_checkpoints(folder))
+    assert landed.kills > 0
+    compare(undisturbed, folder, kind)
 
 
 @pytest.mark.slow
