@@ -223,7 +223,7 @@ def test_a_head_with_one_range_for_all_tokens_is_refused():
     scheme = QuantScheme(weight=TensorSpec(bits=8), input=TensorSpec(bits=8, granularity="tensor"), exclude=("model.embed_tokens",))
     model = llama()
     insert_quantizers(model, scheme)
-    with pytest.raises(MisconfigurationException, match="head of the student has one range for all tokens .*; pass loss_chunk=None"):
+    with pytest.raises(MisconfigurationException, match=r"head of the student has one range for all tokens .*; pass loss_chunk=None"):
         check_head(model, "student", torch.device("cpu"))
 
 
