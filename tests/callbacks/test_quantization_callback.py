@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import mlp
+from regression import Regression
 from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_avg_fn
@@ -21,33 +22,6 @@ from lightning_qat import QuantizationCallback, QuantScheme, TensorSpec, insert_
 from lightning_qat.modules import QuantLayer
 from lightning_qat.quantizers import quantizers
 from lightning_qat.quantizers.minmax import MinMaxQuantizer
-
-
-class Regression(pl.LightningModule):
-    """Any module a user might have: 16 numbers in, 8 out."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = mlp().train()
-
-    def forward(self, x, *, gain=1.0):
-        return self.net(x) * gain
-
-    def training_step(self, batch, batch_idx):
-        return self(batch, gain=2.0).square().mean()
-
-    def validation_step(self, batch, batch_idx):
-        self.log("loss", self.training_step(batch, batch_idx))
-
-    def test_step(self, batch, batch_idx):
-        self.validation_step(batch, batch_idx)
-
-    def predict_step(self, batch, batch_idx):
-        return self(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
 
 BATCHES = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 

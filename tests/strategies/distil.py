@@ -6,12 +6,30 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from models import VOCABULARY, tied_llama
+from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_qat import DistillationModule, QuantizationCallback
+from lightning_qat import DistillationModule, QuantizationCallback, QuantScheme, TensorSpec
 from lightning_qat.modules.weights import full_weight, layer_weights
+from lightning_qat.quantizers.base import quantizers
+from lightning_qat.quantizers.minmax import MinMaxQuantizer
 
 BATCH, STEPS = 4, 10
+
+
+@quantizers.register("learned-for-strategies")
+class Learned(MinMaxQuantizer):
+    """A scale of its own, one for the whole tensor."""
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.scale = nn.Parameter(torch.full((1,), 0.05))
+
+    def scale_and_zero_point(self, rows):
+        return self.scale.expand(rows.shape[0]).unsqueeze(-1), None
+
+
+LEARNED = QuantScheme(weight=TensorSpec(bits=4, quantizer="learned-for-strategies"))
 
 
 def strategy(kind, world=2):

@@ -5,18 +5,17 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from distil import LEARNED
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import llama
 from torch import nn
 
-from lightning_qat import QuantScheme, TensorSpec, insert_quantizers
+from lightning_qat import insert_quantizers
 from lightning_qat.callbacks.strategies import StrategyAdapter, adapter_of
 from lightning_qat.callbacks.strategies.deepspeed import DeepSpeedAdapter
 from lightning_qat.callbacks.strategies.fsdp import FSDPAdapter
 from lightning_qat.callbacks.strategies.model_parallel import ModelParallelAdapter
-from lightning_qat.quantizers.base import quantizers
-from lightning_qat.quantizers.minmax import MinMaxQuantizer
 
 
 def run(strategy, module=None, **settings):
@@ -67,18 +66,11 @@ def test_clipping_by_norm_is_refused_under_fsdp_unless_the_module_does_it():
     FSDPAdapter().check(run(FSDPStrategy(), Clips(), gradient_clip_val=1.0), llama())
 
 
-@quantizers.register("learned-for-adapters")
-class Learned(MinMaxQuantizer):
-    def __init__(self, spec):
-        super().__init__(spec)
-        self.scale = nn.Parameter(torch.ones(1))
-
-
 def test_learned_parameters_that_are_not_sharded_are_refused_under_fsdp2():
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     model = llama()
     ModelParallelAdapter().check(run(strategy), model)
-    insert_quantizers(model, QuantScheme(weight=TensorSpec(bits=4, quantizer="learned-for-adapters")))
+    insert_quantizers(model, LEARNED)
     with pytest.raises(MisconfigurationException, match=r"14 parameters of quantizers are not sharded .*apply fully_shard"):
         ModelParallelAdapter().check(run(strategy), model)
     ModelParallelAdapter().check(run(strategy, world_size=1), model)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distil import STEPS, Losses, codes, distil, loader, module, trainer, weights
+from distil import LEARNED, STEPS, Losses, codes, distil, loader, module, trainer, weights
 from gloo import run_ranks
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,8 +14,6 @@ from lightning_qat import DistillationModule, QuantScheme, TensorSpec
 from lightning_qat.losses import HiddenStateLoss, SoftCrossEntropy
 from lightning_qat.modules import scheme_of
 from lightning_qat.modules.weights import full_weight, layer_weights, weight_dtypes
-from lightning_qat.quantizers.base import quantizers
-from lightning_qat.quantizers.minmax import MinMaxQuantizer
 from lightning_qat.quantizers.running_range import RunningRange
 
 KINDS = ("ddp", "fsdp2")
@@ -221,21 +219,6 @@ def tensor_parallel():
 
 def test_tensor_parallelism_is_refused_with_the_way_out():
     assert all(run_ranks(tensor_parallel))
-
-
-@quantizers.register("learned-for-two-processes")
-class Learned(MinMaxQuantizer):
-    """A scale of its own, one for the whole tensor."""
-
-    def __init__(self, spec):
-        super().__init__(spec)
-        self.scale = nn.Parameter(torch.full((1,), 0.05))
-
-    def scale_and_zero_point(self, rows):
-        return self.scale.expand(rows.shape[0]).unsqueeze(-1), None
-
-
-LEARNED = QuantScheme(weight=TensorSpec(bits=4, quantizer="learned-for-two-processes"))
 
 
 def learn(kind, world):
