@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -20,6 +21,7 @@ from lightning_qat.distillation.pair import TeacherAndStudent
 from lightning_qat.distillation.passes import check_head
 from lightning_qat.evaluation import TokenPerplexity
 from lightning_qat.modules import scheme_of
+from lightning_qat.scheme import QuantScheme
 from lightning_qat.twin import warn_of_twin
 
 
@@ -114,17 +116,37 @@ class DistillationModule(TeacherAndStudent):
                 model.set_attn_implementation("eager")  # no other returns probabilities
 
     @override
-    def on_fit_start(self) -> None:
-        """Refuse what would train for nothing."""
+    def configure_callbacks(self) -> list[Any]:
+        """The first hook of a run, before data is generated: refuse what would fail, or train for nothing, after it."""
+        callbacks = super().configure_callbacks()
+        if self.trainer.state.fn == "fit":
+            self._check_fit()
+        return callbacks
+
+    def _check_fit(self) -> None:
         if hasattr(self.student, "_orig_mod"):
             raise MisconfigurationException(
                 "student: is wrapped by torch.compile, which gives its weights other names in checkpoints; call module.student.compile() "
                 "in place of module.student = torch.compile(module.student)"
             )
-        if scheme_of(self.student) is None:
+        coming = any(isinstance(getattr(callback, "scheme", None), QuantScheme) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if scheme_of(self.student) is None and not coming:
             raise MisconfigurationException(
                 "DistillationModule: the student holds no quantizers; add QuantizationCallback(scheme) to the Trainer's callbacks"
             )
+        if self.objective.chunk is None:
+            return
+        if getattr(self.trainer.strategy, "zero_stage_3", False):
+            raise MisconfigurationException(
+                "loss_chunk: DeepSpeed ZeRO-3 holds the head's weight in its own call only; pass loss_chunk=None"
+            )
+        parameter = next(self.student.parameters())
+        if not parameter.is_meta and not isinstance(self.student, FSDPModule):
+            check_head(self.student, "student", parameter.device)
+
+    @override
+    def on_fit_start(self) -> None:
+        """Refuse what can only be told now."""
         size = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None)
         own, who = self.vocab_size(self.student), "student" if self.teacher is None else "teacher"
         if size is not None and size != own:
@@ -132,10 +154,6 @@ class DistillationModule(TeacherAndStudent):
         if self.teacher is not None:
             warnings.filterwarnings("ignore", message=f"Found {sum(1 for _ in self.teacher.modules())} module.s. in eval mode")
         if self.objective.chunk is not None:
-            if getattr(self.trainer.strategy, "zero_stage_3", False):
-                raise MisconfigurationException(
-                    "loss_chunk: DeepSpeed ZeRO-3 holds the head's weight in its own call only; pass loss_chunk=None"
-                )
             for name, model in self.models():
                 check_head(model, name, self.device)
         self.reshard()

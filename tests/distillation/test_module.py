@@ -257,6 +257,14 @@ def test_a_student_without_quantizers_is_not_trained():
         trainer(scheme=None).fit(module_of(), loader())
 
 
+def test_what_cannot_be_trained_is_refused_before_data_is_generated(tmp_path):
+    teacher = llama()
+    data = SyntheticDataModule(teacher, num_samples=20, max_length=8, store=tmp_path / "gen")
+    with pytest.raises(MisconfigurationException, match="holds no quantizers"):
+        trainer(scheme=None).fit(module_of(teacher), datamodule=data)
+    assert not (tmp_path / "gen").exists()
+
+
 def test_an_adopted_student_keeps_its_scheme():
     module = module_of()
     insert_quantizers(module.student, "w4a8")
