@@ -87,6 +87,8 @@ def _trainer(setting: Setting, steps: int, name: str) -> dict[str, Any]:
         "num_nodes": nodes,
         "precision": setting.precision,
         "strategy": strategy,
+        # FSDP2 gathers weights in validation that training uses next.
+        **({"inference_mode": False} if setting.strategy == "fsdp2" else {}),
         "logger": False,
         "default_root_dir": name,
         "callbacks": [{"class_path": "lightning_qat.callbacks.AtomicModelCheckpoint", "init_args": saved}],
