@@ -78,7 +78,9 @@ def test_compiled_formulas_give_the_same_bits_on_every_grid(name: str, dtype: to
     compare(name, dtype, range(50))
 
 
-def test_fifty_shapes_take_two_compilations_at_most() -> None:
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter])
+def test_fifty_shapes_take_two_compilations_at_most(kind: type[torch.Tensor]) -> None:
+    """Of weights too: a network of many widths has a shape for each layer, and torch gives up after eight."""
     finder, grid = GRIDS["narrow"]
     generator = torch.Generator().manual_seed(0)
     before = counters["stats"]["unique_graphs"]
@@ -86,6 +88,7 @@ def test_fifty_shapes_take_two_compilations_at_most() -> None:
         shape = tuple(torch.randint(2, 60, (2,), generator=generator).tolist())
         x = rows(seed, torch.float32, shape)
         x = x.t() if seed % 3 == 2 else x[:, ::2] if seed % 3 == 1 and shape[1] > 3 else x
+        x = x if kind is torch.Tensor else kind(x)
         ours = compiled.run(reference.fake_quantize_dynamic, x, finder, grid, torch.float32)
         assert same_bits(ours, reference.fake_quantize_dynamic(x, finder, grid, torch.float32))
     assert 1 <= counters["stats"]["unique_graphs"] - before <= 2

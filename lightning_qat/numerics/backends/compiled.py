@@ -39,7 +39,8 @@ def run(formula: Callable[..., Any], x: Tensor, *args: Any) -> Any:
     try:
         if function is None:
             function = _compiled[key] = _compile(formula)
-        return function(x.contiguous(), *args)
+        # Detached: torch compiles anew for each shape of a parameter, and for none of a tensor.
+        return function(*(arg.detach() if isinstance(arg, Tensor) else arg for arg in (x.contiguous(), *args)))
     except Exception as error:  # whatever a compiler can run into: the plain formula gives the same bits
         _give_up(error)
         return formula(x, *args)
