@@ -9,6 +9,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
+from learned import LearnedGain
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import mlp
@@ -21,7 +22,6 @@ from torch.utils.data import DataLoader
 from lightning_qat import QuantizationCallback, QuantScheme, TensorSpec, insert_quantizers, named_quantizers
 from lightning_qat.modules import QuantLayer
 from lightning_qat.quantizers import quantizers
-from lightning_qat.quantizers.minmax import MinMaxQuantizer
 
 BATCHES = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
@@ -299,21 +299,9 @@ def test_a_module_that_sharded_too_early_is_shown_the_fix():
 # ---------------------------------------------------------------- guards
 
 
-class LearnedQuantizer(MinMaxQuantizer):
-    """Min-max with a learned gain."""
-
-    def __init__(self, spec):
-        super().__init__(spec)
-        self.gain = nn.Parameter(torch.ones(1))
-
-    def scale_and_zero_point(self, rows):
-        scale, zero_point = super().scale_and_zero_point(rows.detach())
-        return scale * self.gain, zero_point
-
-
 @pytest.fixture
 def learned():
-    quantizers.add("learned-for-a-test", LearnedQuantizer)
+    quantizers.add("learned-for-a-test", LearnedGain)
     yield QuantScheme(weight=TensorSpec(bits=4, quantizer="learned-for-a-test"))
     del quantizers._entries["learned-for-a-test"]
 

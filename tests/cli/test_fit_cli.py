@@ -9,18 +9,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from learned import LearnedGain
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import llama, mlp, save_causal_lm
-from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_qat import DistillationModule, QuantizationCallback, QuantScheme, SyntheticDataModule, TensorSpec
 from lightning_qat.cli import main
 from lightning_qat.cli.fit import run_trainer_command
 from lightning_qat.quantizers import quantizers
-from lightning_qat.quantizers.minmax import MinMaxQuantizer
 
 INPUTS = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -203,18 +202,6 @@ def test_a_mistake_is_one_short_message(option, parts, tmp_path, capsys):
 # ---------------------------------------------------------------- the trap of a plain LightningCLI
 
 
-class Gained(MinMaxQuantizer):
-    """Min-max with a learned gain."""
-
-    def __init__(self, spec):
-        super().__init__(spec)
-        self.gain = nn.Parameter(torch.ones(1))
-
-    def scale_and_zero_point(self, rows):
-        scale, zero_point = super().scale_and_zero_point(rows.detach())
-        return scale * self.gain, zero_point
-
-
 class WithoutOptimizer(Own):
     """The command line is to build the optimizer."""
 
@@ -223,7 +210,7 @@ class WithoutOptimizer(Own):
 
 @pytest.fixture
 def learned():
-    quantizers.add("gained-for-a-test", Gained)
+    quantizers.add("gained-for-a-test", LearnedGain)
     yield {"weight": {"bits": 4, "quantizer": "gained-for-a-test"}}
     del quantizers._entries["gained-for-a-test"]
 

@@ -10,6 +10,7 @@ from functools import partial
 import lightning.pytorch as pl
 import numpy
 import torch
+from learned import LearnedGain
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import ModelParallelStrategy
 from models import llama
@@ -20,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_qat import DistillationModule, QuantizationCallback, QuantScheme, SyntheticDataModule, TensorSpec
 from lightning_qat.quantizers import quantizers
-from lightning_qat.quantizers.minmax import MinMaxQuantizer
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 1}
 
@@ -35,18 +35,6 @@ class Stop(EarlyStopping):
     def _run_early_stopping_check(self, trainer):
         self.looked.add(trainer.global_step)
         super()._run_early_stopping_check(trainer)
-
-
-class LearnedGain(MinMaxQuantizer):
-    """Min-max times a learned number."""
-
-    def __init__(self, spec):
-        super().__init__(spec)
-        self.gain = nn.Parameter(torch.ones(1))
-
-    def scale_and_zero_point(self, rows):
-        scale, zero_point = super().scale_and_zero_point(rows.detach())
-        return scale * self.gain, zero_point
 
 
 @contextmanager
