@@ -14,6 +14,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_qat.generation.store.durable import sync as _sync
+
 PART, OLD = ".part", ".old"  # a checkpoint that is being written or deleted, and one that is being replaced
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -174,15 +176,6 @@ def clear_leftovers(folder: Path) -> None:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _sync(path: Path) -> None:
-    """The content of a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _delete(path: Path) -> None:

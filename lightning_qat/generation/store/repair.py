@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from lightning_qat.generation.store.durable import replace_file, sync_folder
+from lightning_qat.generation.store.durable import replace_file, sync
 from lightning_qat.generation.store.shards import Shard
 
 
@@ -46,5 +46,5 @@ def _set_aside(path: Path) -> str:
     names = (path.with_name(f"{path.name}.{number}.damaged") for number in itertools.count(1))
     aside = next(name for name in names if not name.exists())
     os.rename(path, aside)
-    sync_folder(path.parent)
+    sync(path.parent)
     return f"{path.name}: holds no intact sample, set aside as {aside.name}"

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from lightning_qat.generation.sample import Sample
-from lightning_qat.generation.store.durable import replace_file, sync_folder, write_error
+from lightning_qat.generation.store.durable import replace_file, sync, write_error
 from lightning_qat.generation.store.records import RECORD, ShardFormat
 from lightning_qat.generation.store.shards import Shard, find_shards
 
@@ -95,7 +95,7 @@ class ShardWriter:
         replace_file(shard.index, self.layout.header)
         self._safe, self._end = (len(self.layout.header), 0), 0
         self._open(shard)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def _open(self, shard: Shard) -> None:
         shard.data.touch()
