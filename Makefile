@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DOCS_STAMP := $(VENV)/docs-installed
-PEERS_STAMP := $(VENV)/peers-installed
+EXTRAS_STAMP := $(VENV)/extras-installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all check bench bench-gpu bench-generation bench-memory bench-recipe docs clean
@@ -29,7 +29,7 @@ demo: $(STAMP) ## data-free 4-bit and 2-bit training of the bundled teacher (abo
 test: $(STAMP) ## the default tests (about 6 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test-all: $(PEERS_STAMP) ## every test, the slow ones and the comparison with torchao too
+test-all: $(EXTRAS_STAMP) ## every test, the slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) ## ruff, mypy, import contracts, spelling
@@ -39,15 +39,15 @@ check: $(STAMP) ## ruff, mypy, import contracts, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-# What is only compared with (torchao), and what only some users have (datasets).
-$(PEERS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[peers,datasets]'
-	touch $(PEERS_STAMP)
+# What only some users have.
+$(EXTRAS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[datasets]'
+	touch $(EXTRAS_STAMP)
 
-bench: $(PEERS_STAMP) ## speed and memory against unquantized training and peers, CPU (about 10 minutes on 2 idle cores)
+bench: $(EXTRAS_STAMP) ## speed and memory against unquantized training and peers, CPU (about 10 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks
 
-bench-gpu: $(PEERS_STAMP) ## the same on a GPU
+bench-gpu: $(EXTRAS_STAMP) ## the same on a GPU
 	$(BIN)/python -m benchmarks --device cuda
 
 bench-generation: $(STAMP) ## tokens per second of generation, and training from kept probabilities (about 40 minutes on 2 idle cores)

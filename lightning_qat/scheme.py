@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_qat.registry import Registry, did_you_mean
+from lightning_qat.runtime import PARTS, Part, Runtime, runtimes
 from lightning_qat.specs import KVSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -105,26 +106,34 @@ class QuantScheme:
                 yield f"QuantScheme.overrides[{i}].input", override.input
 
     @classmethod
-    def parse(cls, scheme: "str | QuantScheme | Mapping[str, Any]") -> "QuantScheme":
+    def parse(cls, scheme: "str | QuantScheme | Mapping[str, Any]", target: str | None = None) -> "QuantScheme":
         """A scheme from its string, a preset's name, a plain dictionary, or itself.
 
         ``w<bits>[g<size>][a<bits>][kv<bits>]``: weights per output channel (or group), inputs per token, keys and values per token
         and head after RoPE, all symmetric min-max; weights of 1 and 2 bits take the mean-|w| levels. A part left out or 16 is off.
 
+        Args:
+            scheme: The scheme in one of these forms.
+            target: Registered name of a runtime, such as ``compressed-tensors`` or ``gguf``: the scheme gets the conventions (divisor, code
+                range, dtype of scales, rounding) that this runtime executes exactly.
+
         Raises:
-            ValueError: Unknown string or key, or bits out of range; the message names what is allowed.
+            ValueError: Unknown string or key, bits out of range, or a scheme that the target cannot execute; the message names what is
+                allowed.
 
         Example:
             >>> QuantScheme.parse("w4a8kv4").kv.position
             'post_rope'
         """
+        if target is not None:
+            return cls.parse(scheme)._fitted(runtimes.get(target), target)
         if isinstance(scheme, QuantScheme):
             return scheme
         if isinstance(scheme, Mapping):
             return scheme_from_dict(scheme)
-        if scheme in PRESETS:
-            return PRESETS.get(scheme)
         match = re.fullmatch(r"w(N)(?:g(\d+))?(?:a(N))?(?:kv(N))?".replace("N", r"\d+(?:\.\d+)?"), scheme)
+        if match is None and scheme in PRESETS:
+            return PRESETS.get(scheme)
         if match is None:
             raise ValueError(
                 f"scheme: got {scheme!r}, expected w<bits>[g<size>][a<bits>][kv<bits>] such as 'w4a8kv4' or 'w4g32', "
@@ -132,6 +141,15 @@ class QuantScheme:
             )
         weight, group, inputs, kv = match.groups()
         return cls(weight=_weight(weight, group), input=_input(inputs), kv=None if kv is None else KVSpec(bits=_number(kv)))
+
+    def _fitted(self, runtime: Runtime, target: str) -> "QuantScheme":
+        def fit(owner: Any, place: str) -> dict[str, Any]:
+            specs: dict[Part, Any] = {part: spec for part in PARTS if isinstance(spec := getattr(owner, part), TensorSpec | KVSpec)}
+            return {part: runtime.fit(part, spec, f"{place}.{part}", target) for part, spec in specs.items()}
+
+        overrides = enumerate(self.overrides)
+        fitted = tuple(dataclasses.replace(item, **fit(item, f"QuantScheme.overrides[{i}]")) for i, item in overrides)
+        return dataclasses.replace(self, **fit(self, "QuantScheme"), overrides=fitted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML, manifests and checkpoints."""
@@ -155,7 +173,7 @@ class QuantScheme:
         return bits / elements
 
 
-PRESETS: Registry[QuantScheme] = Registry("preset")
+PRESETS: Registry[QuantScheme] = Registry("preset", "lightning_qat.formats")  # each target brings those that fit it
 
 
 def differences(there: Any, here: Any, place: str, name: str = "scheme") -> list[str]:

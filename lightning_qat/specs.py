@@ -5,7 +5,7 @@ plain dictionaries.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lightning_qat.registry import did_you_mean
@@ -19,6 +19,7 @@ RangeFinderName = Literal["absmax", "percentile", "mse", "lp"]
 Divisor = Literal["qmax", "half_range"]
 ScaleDtype = Literal["float32", "bfloat16", "float16"]
 RoundVia = Literal["divide", "reciprocal"]
+Arithmetic = Literal["float32", "input"]
 SCALE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
@@ -74,6 +75,8 @@ class TensorSpec:
         divisor: Largest magnitude over ``qmax`` (7 at 4 bits, 127 at 8) or over half the range (7.5, 127.5).
         scale_dtype: The scale is rounded to this type before codes are computed.
         round_via: ``divide`` computes x / scale, ``reciprocal`` computes x * (1 / scale); they differ by an ulp.
+        arithmetic: ``float32`` computes in at least fp32; ``input`` in the dtype of the tensor, as some runtimes do: of bf16 and fp16
+            tensors the scale (rounded to `scale_dtype` first) and each quotient are rounded to it. Symmetric grids only.
     """
 
     bits: float | None
@@ -90,6 +93,7 @@ class TensorSpec:
     divisor: Divisor = "qmax"
     scale_dtype: ScaleDtype = "float32"
     round_via: RoundVia = "divide"
+    arithmetic: Arithmetic = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", _check_bits("TensorSpec", self.bits))
@@ -100,6 +104,7 @@ class TensorSpec:
         _choose("TensorSpec", "divisor", self.divisor, ("qmax", "half_range"))
         _choose("TensorSpec", "scale_dtype", self.scale_dtype, tuple(SCALE_BITS))
         _choose("TensorSpec", "round_via", self.round_via, ("divide", "reciprocal"))
+        _choose("TensorSpec", "arithmetic", self.arithmetic, ("float32", "input"))
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError(
                 f"TensorSpec.group_size: got {self.group_size!r} with granularity={self.granularity!r}; a group size is "
@@ -111,6 +116,10 @@ class TensorSpec:
             raise ValueError(f"TensorSpec.axis: got {self.axis!r} with granularity={self.granularity!r}; an integer, for 'channel' only")
         if self.symmetric and self.zero_point != "integer":
             raise ValueError("TensorSpec.zero_point: got 'float' with symmetric=True, which has no zero point; use symmetric=False")
+        if self.arithmetic == "input" and not self.symmetric:
+            raise ValueError(
+                "TensorSpec.arithmetic: got 'input' with symmetric=False, whose zero points are computed in fp32 only; use 'float32'"
+            )
         if not self.dynamic and self.granularity != "tensor":
             raise ValueError(
                 f"TensorSpec.dynamic: got False with granularity={self.granularity!r}; a running range is kept per 'tensor' only"
@@ -145,7 +154,8 @@ class TensorSpec:
 class KVSpec:
     """How keys and values of attention are quantized (LLM-QAT, section 3.3).
 
-    `quantizer`, `symmetric`, `zero_point`, `code_range`, `divisor`, `scale_dtype` and `round_via` are those of :class:`TensorSpec`.
+    `quantizer`, `symmetric`, `zero_point`, `code_range`, `divisor`, `scale_dtype`, `round_via` and `arithmetic` are those of
+    :class:`TensorSpec`.
 
     Args:
         bits: Bits per code, 2 to 8; 16 or None turns quantization off.
@@ -165,6 +175,7 @@ class KVSpec:
     divisor: Divisor = "qmax"
     scale_dtype: ScaleDtype = "float32"
     round_via: RoundVia = "divide"
+    arithmetic: Arithmetic = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", _check_bits("KVSpec", self.bits))
@@ -184,5 +195,5 @@ class KVSpec:
     @property
     def tensor(self) -> TensorSpec:
         """The same settings for one tensor."""
-        names = ("bits", "granularity", "quantizer", "symmetric", "zero_point", "code_range", "divisor", "scale_dtype", "round_via")
-        return TensorSpec(**{name: getattr(self, name) for name in names})
+        shared = [field.name for field in fields(self) if field.name not in ("position", "past_only")]
+        return TensorSpec(**{name: getattr(self, name) for name in shared})

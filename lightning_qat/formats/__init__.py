@@ -6,7 +6,8 @@ our codes and scales; it never calls a quantizer of the target's own.
 The room is called `formats` and not `export`, because a submodule of that name would hide the function `lightning_qat.export`.
 """
 
-from lightning_qat.formats.base import Format, export, formats
-from lightning_qat.formats.native import load_quantized
+from lightning_qat.formats.base import Format, Job, formats
+from lightning_qat.formats.exporting import export
+from lightning_qat.formats.loading import load_quantized
 
-__all__ = ["Format", "export", "formats", "load_quantized"]
+__all__ = ["Format", "Job", "export", "formats", "load_quantized"]

@@ -1,87 +1,94 @@
-"""The verbs `export` and `load_quantized`, and what a format has to offer."""
+"""What a format has to offer, and what it is given.
 
-import os
-import shutil
+To add one, write `formats/foo.py` with a :class:`Format` under ``@formats.register("foo")``; what its runtime executes goes into
+:data:`~lightning_qat.runtime.runtimes` under the same name, so that models can be trained for it.
+"""
+
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
-from lightning_qat.modules import scheme_of
-from lightning_qat.modules.insertion import quantized_roots
-from lightning_qat.modules.layer import quant_layers
-from lightning_qat.modules.lora import adapted_layers, check_adapters
-from lightning_qat.modules.weights import layer_weights
+from lightning_qat.formats.executed import Example
+from lightning_qat.formats.fitting import Fit
 from lightning_qat.registry import Registry
+from lightning_qat.runtime import Runtime
+from lightning_qat.scheme import QuantScheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One export.
+
+    Attributes:
+        model: What is written: a transformers model for formats that need one, else the whole module.
+        scheme: What it was quantized with.
+        fit: How the runtime will execute it.
+        tokenizer: The model's tokenizer, or None.
+        example: Keyword arguments to run the model with, or None.
+        results: Figures for the model card.
+    """
+
+    model: nn.Module
+    scheme: QuantScheme
+    fit: Fit
+    tokenizer: Any = None
+    example: Example | None = None
+    results: Mapping[str, float] | None = None
 
 
 class Format(ABC):
-    """One way of writing a quantized model."""
+    """One way of writing a quantized model, for one runtime.
+
+    Attributes:
+        name: Its registered name.
+        runtime: What its runtime executes; None for everything that was trained.
+        packages: Modules that must be importable; the extra that installs them is called like the format.
+        transformers_only: Whether only models of transformers can be written.
+    """
+
+    name: ClassVar[str]
+    runtime: ClassVar[Runtime | None] = None
+    packages: ClassVar[tuple[str, ...]] = ()
+    transformers_only: ClassVar[bool] = False
+
+    def scale_dtype(self, model: nn.Module) -> torch.dtype:
+        """What scales of weights are stored in; one that is not a number of this type does not fit."""
+        return torch.float32
+
+    def check(self, job: Job) -> None:
+        """Refuse with a ValueError what rules cannot tell, such as shapes and a missing tokenizer; nothing is written yet."""
+        return None
 
     @abstractmethod
-    def write(self, model: nn.Module, folder: Path) -> None:
-        """Write the model's codes and scales into an empty folder, and verify them there."""
+    def write(self, job: Job, folder: Path) -> dict[str, Any]:
+        """Write codes, scales and all that belongs to the model into an empty folder; returns further entries of the manifest."""
+
+    @abstractmethod
+    def verify(self, job: Job, folder: Path) -> dict[str, Any]:
+        """Read everything back with the runtime's own library and compare it bit for bit.
+
+        Returns:
+            What was compared, for the manifest: ``codes_different``, ``scales_different`` and ``max_logit_difference`` where there is one.
+
+        Raises:
+            RuntimeError: Something reads back differently.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, manifest: dict[str, Any], model: nn.Module | None = None) -> Any:
+        """The model of an export, as the runtime's own library loads it."""
 
 
 formats: Registry[type[Format]] = Registry("format", "lightning_qat.formats")
 
 
-def export(model: nn.Module, path: str | Path, format: str = "native", drop: tuple[str, ...] = (), inexact: bool = False) -> Path:
-    """Write a quantized model with exactly the integers that were trained.
-
-    Everything is written to a temporary folder, verified and then renamed, so a failed export leaves nothing behind.
-
-    Args:
-        model: A module with quantizers.
-        path: Folder to create; it may exist if it is empty.
-        format: Registered name of the format.
-        drop: Parts of the scheme that the format may leave out; the native format needs none.
-        inexact: Allow a format that executes another grid; the native format is exact.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: Unknown format, a model without quantizers, with LoRA adapters or pruning masks, a folder that is not empty or cannot be
-            written.
-    """
-    writer = formats.get(format)()
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    target = Path(path)
-    if drop or inexact:
-        raise ValueError(f"drop, inexact: got drop={drop!r}, inexact={inexact}; the {format!r} format expresses everything exactly")
-    if scheme_of(model) is None:
-        if next(quant_layers(model), None) is not None:
-            raise ValueError("export: this is a part of what was quantized; export the whole, or set quantization_root to this part")
-        raise ValueError(
-            "export: the model holds no quantizers; call insert_quantizers(model, scheme) with the scheme it was trained with (also after "
-            "load_from_checkpoint), or train with QuantizationCallback first"
-        )
-    if len(roots := quantized_roots(model)) > 1:
-        raise ValueError(
-            f"export: quantizers were inserted below {roots[0]!r} and {roots[1]!r} on their own; insert once at their common parent "
-            "(with overrides), or export each part"
-        )
-    if (adapted := next(adapted_layers(model), None)) is not None:
-        check_adapters(model)
-        raise ValueError(f"export: {adapted[0]} has an adapter beside its weight; call lightning_qat.merge_lora(model) first")
-    if masked := [weight.key for weight in layer_weights(model) if f"{weight.parameter}_mask" in weight.layer._buffers]:
-        raise ValueError(
-            f"export: {masked[0]} is under a pruning mask; make it permanent first: torch.nn.utils.prune.remove(layer, name), which "
-            "ModelPruning does at the end of training unless make_pruning_permanent=False"
-        )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"path: {str(target)!r} exists and is not an empty folder; choose another one")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"path: cannot write to {str(target)!r}: {error}") from error
-    try:
-        writer.write(model, temporary)
-        if target.exists():
-            target.rmdir()
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+def check_packages(cls: type[Format]) -> None:
+    """Refuse a format whose libraries are not installed."""
+    if missing := [package for package in cls.packages if find_spec(package) is None]:
+        raise ValueError(f"format: {cls.name!r} needs {', '.join(missing)}, not installed; pip install 'lightning-qat[{cls.name}]'")

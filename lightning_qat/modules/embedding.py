@@ -22,7 +22,8 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Shape [...] -> [..., features]."""
         quantizer = self.weight_quantizer
-        if isinstance(quantizer, Quantizer) and quantizer.spec.granularity != "tensor" and self.keeps == "nothing":
+        rows_alone = isinstance(quantizer, Quantizer) and quantizer.spec.granularity != "tensor" and quantizer.kept_scale is None
+        if isinstance(quantizer, Quantizer) and rows_alone and self.keeps == "nothing":
             return quantizer(self._look_up(input, self.weight))
         return self._look_up(input, self.quantized_weight())
 

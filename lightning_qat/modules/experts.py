@@ -157,7 +157,7 @@ class QuantExperts(QuantLayer):
 
     def _compute_matrix(self, quantizer: Quantizer | PackedWeight, weight: Tensor, expert: int, dtype: torch.dtype | None) -> Tensor:
         if not isinstance(quantizer, PackedWeight):
-            return quantizer(self.as_quantized(weight), dtype or weight.dtype)
+            return quantizer(self.as_quantized(weight), dtype or weight.dtype, part=(expert, self.num_experts))
         rows = quantizer.shape[0] // self.num_experts
         return quantizer.dequantize(slice(expert * rows, (expert + 1) * rows)).to(dtype or weight.dtype)
 

@@ -7,8 +7,9 @@
 
 Rounding is half to even. `offset` is 0 for integer grids and 1/2 for the grids without a zero (the +-0.5 and +-1.5 levels of LLM-QAT's
 2-bit weights). ``float`` is the form of LLM-QAT's reference code and of GGUF's Q4_1: the zero point is a value, not a code. Everything
-runs in at least fp32 whatever the dtype of `x`, with a true division; values are cast last. What is trained, converted and exported goes
-through these functions and no other.
+runs in at least fp32 whatever the dtype of `x`, with a true division; values are cast last. Runtimes that compute in bf16 or fp16 round the
+scale and the quotient on the way, which ``arithmetic="input"`` repeats. What is trained, converted and exported goes through these
+functions and no other.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.numerics.blocks import Blocking
+from lightning_qat.numerics.precision import rounded
 
 Zero = Literal["none", "integer", "float"]
 
@@ -34,6 +36,10 @@ class Grid:
         zero: What a zero point is: absent, a code, or a value.
         scale_dtype: Scales (and ``float`` zero points) are rounded to this type before codes are computed.
         round_via: ``divide`` by the scale, or multiply by its ``reciprocal``.
+        arithmetic: ``float32``, or ``input``: scale, reciprocal and quotient are rounded to the dtype of a bf16 or fp16 tensor.
+
+    Raises:
+        ValueError: ``input`` on a grid with a zero point or an offset.
     """
 
     qmin: int
@@ -43,6 +49,14 @@ class Grid:
     zero: Zero = "none"
     scale_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     round_via: Literal["divide", "reciprocal"] = "divide"
+    arithmetic: Literal["float32", "input"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.arithmetic == "input" and (self.zero != "none" or self.offset):
+            raise ValueError(
+                f"Grid.arithmetic: got 'input' with zero={self.zero!r} and offset={self.offset}; allowed on grids without a zero "
+                "point and without an offset, others compute in 'float32'"
+            )
 
     @property
     def levels(self) -> int:
@@ -53,6 +67,10 @@ class Grid:
     def code_dtype(self) -> torch.dtype:
         """The integer type that holds every code."""
         return torch.int8 if self.qmax <= 127 else torch.uint8
+
+    def computed_in(self, dtype: torch.dtype) -> torch.dtype | None:
+        """What scales and quotients of a tensor of `dtype` are rounded to; None where they stay as they are, in fp32 or wider."""
+        return dtype if self.arithmetic == "input" and dtype.itemsize < torch.float32.itemsize else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +102,14 @@ class QuantizedTensor:
 
 def position(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     """Where values sit on the grid before rounding and clamping, in steps from the code of zero; a scale of 0 gives 0 steps."""
+    computed = grid.computed_in(x.dtype)
     x = x.to(scale.dtype)
     if grid.zero == "float":
         assert zero_point is not None
         x = x - zero_point
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    if computed is not None:
+        return rounded(x / safe if grid.round_via == "divide" else x * rounded(1.0 / safe, computed), computed)
     steps = x / safe if grid.round_via == "divide" else x * (1.0 / safe)
     return steps - grid.offset if grid.offset else steps
 

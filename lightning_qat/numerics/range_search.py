@@ -89,8 +89,8 @@ class LpSearch:
         for i in range(self.candidates):
             share = 1 - i * (1 - self.smallest) / max(self.candidates - 1, 1)
             tried_low, tried_high = centre + (low - centre) * share, centre + (high - centre) * share
-            scale, zero_point = scale_and_zero_point(tried_low, tried_high, grid)
-            error = (decode(encode(values, scale, zero_point, grid), scale, zero_point, grid) - values).abs_().pow_(self.p)
+            scale, zero_point = scale_and_zero_point(tried_low, tried_high, grid, blocks.dtype)
+            error = (decode(encode(blocks, scale, zero_point, grid), scale, zero_point, grid) - values).abs_().pow_(self.p)
             error = error.sum(-1, keepdim=True, dtype=torch.float64).to(low.dtype)
             better = error < least
             least = torch.where(better, error, least)

@@ -39,12 +39,8 @@ class Rounding:
 
     @property
     def is_fusable(self) -> bool:
-        """Whether a compiler keeps the bits of the scale.
-
-        It does for maxima, not for sums, whose order it chooses, and not for scales that are rounded to a smaller type: inductor leaves out
-        a cast that is cast back.
-        """
-        return self.finder is not None and self.finder.fusable and self.grid.scale_dtype == "float32"
+        """Whether a compiler keeps the bits of the scale: it does for maxima, not for sums, whose order it chooses."""
+        return self.finder is not None and self.finder.fusable
 
 
 BY_KEY: dict[str, Rounding] = {}  # an op takes plain values only: it is told the key

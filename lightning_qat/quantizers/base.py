@@ -52,11 +52,18 @@ class Quantizer(nn.Module, ABC):
     Args:
         spec: What to do; its `options` must be fields of the subclass's `Options`.
 
+    Attributes:
+        kept_scale: Scales that stand in place of any that would be found, one per block, [blocks, 1]; None as a rule
+            (:meth:`keep_scale`).
+        kept_zero_point: The same for zero points, in the dtype of the scales.
+
     Raises:
         ValueError: Bits or options that this quantizer does not know.
     """
 
     Options: ClassVar[type | None] = None
+    kept_scale: Tensor | None
+    kept_zero_point: Tensor | None
 
     def __init__(self, spec: TensorSpec) -> None:
         super().__init__()
@@ -68,6 +75,8 @@ class Quantizer(nn.Module, ABC):
         self.how = self.build_rounding()
         self.running = None if spec.dynamic else RunningRange(self.momentum)
         self.enabled = True
+        self.register_buffer("kept_scale", None)
+        self.register_buffer("kept_zero_point", None)
 
     @classmethod
     def _read_options(cls, spec: TensorSpec) -> Any:
@@ -111,14 +120,46 @@ class Quantizer(nn.Module, ABC):
         if self.running is None:
             return find_scale(rows, self.how)
         low, high = self.running(*self.finder(rows, self.grid))
-        return scale_and_zero_point(low, high, self.grid)
+        return scale_and_zero_point(low, high, self.grid, rows.dtype)
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def keep_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Quantize one tensor with these scales from now on, whatever its values become; they are part of the state dict.
+
+        What was learned or remembered to find scales goes. The estimator becomes ``mask``: values may leave a range that stands still, and
+        those that have left it get no gradient.
+
+        Args:
+            scale: At least fp32, one per block of the tensor, in the order of :meth:`~lightning_qat.numerics.blocks.Blocking.rows`.
+            zero_point: Like `scale`; needed where the grid has one, and only there.
+        """
+        self._parameters.clear()
+        self.running, self.how = None, dataclasses.replace(self.how, ste="mask")
+        self.kept_scale = scale.detach().reshape(-1, 1).clone()
+        self.kept_zero_point = None if zero_point is None else zero_point.detach().reshape(-1, 1).to(scale.dtype, copy=True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Scales that were kept are kept again, also by a quantizer that was built to find its own."""
+        if self.kept_scale is None and (scale := state_dict.get(f"{prefix}kept_scale")) is not None:
+            self.keep_scale(scale, state_dict.get(f"{prefix}kept_zero_point"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _scales(self, rows: Tensor, part: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Those that are kept, of one part of the tensor, or those of its rows."""
+        if self.kept_scale is None:
+            return self.scale_and_zero_point(rows)
+        index, parts = part
+        kept = (None if values is None else values.chunk(parts)[index] for values in (self.kept_scale, self.kept_zero_point))
+        scale, zero_point = kept
+        assert scale is not None
+        return scale, zero_point
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None, part: tuple[int, int] = (0, 1)) -> Tensor:
         """Fake-quantize.
 
         Args:
             x: Any shape that the granularity fits.
             dtype: Dtype of the values, None for that of `x`.
+            part: (i, n) where `x` is the i-th of n equal parts of a tensor whose scales are kept.
 
         Returns:
             Values on the grid, shape of `x`; `x` itself while disabled or empty.
@@ -129,7 +170,7 @@ class Quantizer(nn.Module, ABC):
         scale = zero_point = None
         if not self._finds_on_the_way:
             with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-                scale, zero_point = self.scale_and_zero_point(self.blocking.rows(x))
+                scale, zero_point = self._scales(self.blocking.rows(x), part)
         return fake_quantize_with(x, scale, zero_point, self.how, dtype)
 
     def bypass(self, x: Tensor) -> Tensor:
@@ -167,7 +208,7 @@ class Quantizer(nn.Module, ABC):
                 scale = blocks.new_zeros(shape, dtype=dtype)
                 return quantize_with(x, scale, None if self.grid.zero == "none" else scale, self.grid, self.blocking)
             with self._not_observing():
-                scale, zero_point = self.scale_and_zero_point(self.blocking.rows(x))
+                scale, zero_point = self._scales(self.blocking.rows(x), (0, 1))
             zero_point = None if zero_point is None else zero_point.view(shape)
             return quantize_with(x, scale.view(shape), zero_point, self.grid, self.blocking)
 

@@ -66,8 +66,8 @@ class MinMaxQuantizer(Quantizer):
         unsigned = spec.code_range == "unsigned" or not spec.symmetric
         if unsigned and spec.divisor != "qmax":
             raise ValueError("TensorSpec.divisor: got 'half_range' on unsigned codes, whose range is divided by 2^bits - 1; use 'qmax'")
-        zero: Any = "none" if spec.symmetric else spec.zero_point
-        settings: dict[str, Any] = {"zero": zero, "scale_dtype": spec.scale_dtype, "round_via": spec.round_via}
+        settings: dict[str, Any] = {name: getattr(spec, name) for name in ("scale_dtype", "round_via", "arithmetic")}
+        settings["zero"] = "none" if spec.symmetric else spec.zero_point
         if unsigned:
             return Grid(qmin=0, qmax=2**bits - 1, divisor=2**bits - 1, **settings)
         half = 2 ** (bits - 1)

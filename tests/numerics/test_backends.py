@@ -62,7 +62,7 @@ def compare(name: str, dtype: torch.dtype, seeds: range) -> None:
         x = rows(seed, dtype)
         ours = choice.fake_quantize_dynamic(x, how, dtype)
         assert same_bits(ours, reference.fake_quantize_dynamic(x, finder, grid, dtype)), seed
-        scale, zero_point = scale_and_zero_point(*finder(x, grid), grid)
+        scale, zero_point = scale_and_zero_point(*finder(x, grid), grid, x.dtype)
         ours = choice.fake_quantize(x, scale, zero_point, grid, dtype)
         assert same_bits(ours, reference.fake_quantize(x, scale, zero_point, grid, dtype)), seed
         for mine, wanted in zip(choice.encode_dynamic(x, how), reference.encode_dynamic(x, finder, grid), strict=True):

@@ -126,7 +126,7 @@ def test_every_grid_on_five_seeds(zero, dtype):
     finder = AbsMax() if zero in ("none", "half") else MinMax()
     for grid in grids(zero):
         check_dynamic(x, finder, grid, dtype)
-        check_given(x, *scale_and_zero_point(*finder(x, grid), grid), grid, dtype)
+        check_given(x, *scale_and_zero_point(*finder(x, grid), grid, x.dtype), grid, dtype)
 
 
 @on_device
@@ -153,7 +153,7 @@ def test_edge_shapes(shape):
     x = torch.randn(shape)
     for grid in FEW_GRIDS[4:9:4]:
         check_dynamic(x, MinMax(), grid, torch.float32)
-        check_given(x, *scale_and_zero_point(*AbsMax()(x, grid), grid), grid, torch.bfloat16)
+        check_given(x, *scale_and_zero_point(*AbsMax()(x, grid), grid, x.dtype), grid, torch.bfloat16)
 
 
 @on_device
@@ -256,7 +256,7 @@ def machine_code(kernel: str, grid: Grid) -> str:
     """What the compiler makes of a kernel for one grid; needs no GPU."""
     import triton
 
-    constants = triton_rows._constants(grid, "QMIN", "QMAX", "DIVISOR", "OFFSET", "ZERO", "SCALE_DTYPE", "RECIPROCAL")
+    constants = triton_rows._constants(grid, torch.bfloat16, "QMIN", "QMAX", "DIVISOR", "OFFSET", "ZERO", "SCALE_DTYPE", "RECIPROCAL")
     constants |= {"LIMIT": 65504.0, "OUT": "values", "ABSMAX": False, "LONG": False, "COLS": 64, "ELEMENTS": 1024, "ROWS": 64}
     types = {"x": "*i16", "grad": "*fp32", "out": "*fp16", "mask": "*u8", "rows": "i32", "n": "i32", "stride": "i64"}
     function = getattr(triton_kernels, kernel)

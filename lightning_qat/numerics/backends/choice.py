@@ -67,7 +67,7 @@ def find_scale(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor | None]:
         scale, zero_point = _find_scale_opaque(x, how.key)
         return scale, zero_point if how.grid.zero != "none" else None
     assert how.finder is not None
-    return scale_and_zero_point(*how.finder(x, how.grid), how.grid)
+    return scale_and_zero_point(*how.finder(x, how.grid), how.grid, x.dtype)
 
 
 def _triton(x: Tensor) -> Any:

@@ -18,12 +18,12 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
 
 def fake_quantize_dynamic(x: Tensor, finder: RangeFinder, grid: Grid, dtype: torch.dtype) -> Tensor:
     """The same with the range of each row found on the way."""
-    return fake_quantize(x, *scale_and_zero_point(*finder(x, grid), grid), grid, dtype)
+    return fake_quantize(x, *scale_and_zero_point(*finder(x, grid), grid, x.dtype), grid, dtype)
 
 
 def encode_dynamic(x: Tensor, finder: RangeFinder, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
     """(codes in the grid's integer type, scale, zero point); the codes of a row that is not finite mean nothing, its scale is NaN."""
-    scale, zero_point = scale_and_zero_point(*finder(x, grid), grid)
+    scale, zero_point = scale_and_zero_point(*finder(x, grid), grid, x.dtype)
     return encode(x, scale, zero_point, grid), scale, zero_point
 
 

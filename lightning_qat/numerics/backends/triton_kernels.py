@@ -71,13 +71,23 @@ def _clamped(x: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _nearest(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """Rounded to a type; what overflows there becomes inf."""
+    if DTYPE == "bfloat16":
+        x = _from_bfloat16(_to_bfloat16(x))
+    elif DTYPE == "float16":
+        x = x.to(tl.float16).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _stored(x: tl.tensor, SCALE_DTYPE: tl.constexpr) -> tl.tensor:
     """Rounded to the type that scales are kept in; what overflows there saturates."""
     if SCALE_DTYPE == "bfloat16":
-        x = _from_bfloat16(_to_bfloat16(_clamped(x, -LARGEST_BFLOAT16, LARGEST_BFLOAT16)))
+        x = _clamped(x, -LARGEST_BFLOAT16, LARGEST_BFLOAT16)
     elif SCALE_DTYPE == "float16":
-        x = _clamped(x, -LARGEST_FLOAT16, LARGEST_FLOAT16).to(tl.float16).to(tl.float32)
-    return x
+        x = _clamped(x, -LARGEST_FLOAT16, LARGEST_FLOAT16)
+    return _nearest(x, SCALE_DTYPE)
 
 
 @triton.jit
@@ -97,11 +107,12 @@ def _scale_and_zero(
     DIVISOR: tl.constexpr,
     ZERO: tl.constexpr,
     SCALE_DTYPE: tl.constexpr,
+    COMPUTED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """See :func:`~lightning_qat.numerics.ranges.scale_and_zero_point`; the zero of grids without one means nothing."""
     high = tl.where(tl.abs(low) <= LARGEST, high, low)
     if ZERO == "none":
-        scale = _step(high, DIVISOR, SCALE_DTYPE)
+        scale = _stored(_step(high, DIVISOR, SCALE_DTYPE), COMPUTED)
         zero = scale
     elif ZERO == "float":
         scale = _step(high - low, DIVISOR, SCALE_DTYPE)
@@ -138,13 +149,18 @@ def _range(low: tl.tensor, high: tl.tensor, nan: tl.tensor, ABSMAX: tl.constexpr
 
 @triton.jit
 def _unclamped(
-    x: tl.tensor, scale: tl.tensor, zero: tl.tensor, OFFSET: tl.constexpr, ZERO: tl.constexpr, RECIPROCAL: tl.constexpr
-) -> tl.tensor:
+    x: tl.tensor, scale: tl.tensor, zero: tl.tensor, OFFSET: tl.constexpr, ZERO: tl.constexpr, RECIPROCAL: tl.constexpr,
+    COMPUTED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """See :func:`~lightning_qat.numerics.grid.unclamped`."""
     if ZERO == "float":
         x = x - zero
     safe = tl.where(scale == 0, 1.0, scale)
-    steps = x * tl.div_rn(tl.full(safe.shape, 1.0, tl.float32), safe) if RECIPROCAL else tl.div_rn(x, safe)
+    if RECIPROCAL:
+        steps = x * _nearest(tl.div_rn(tl.full(safe.shape, 1.0, tl.float32), safe), COMPUTED)
+    else:
+        steps = tl.div_rn(x, safe)
+    steps = _nearest(steps, COMPUTED)
     if OFFSET != 0:
         steps = steps - OFFSET
     codes = _rounded(steps)
@@ -172,10 +188,10 @@ def _decoded(
 @triton.jit
 def _quantized(
     x: tl.tensor, scale: tl.tensor, zero: tl.tensor, QMIN: tl.constexpr, QMAX: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr,
-    RECIPROCAL: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr,
+    RECIPROCAL: tl.constexpr, COMPUTED: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """``values``, or ``codes`` with 0 for NaN."""
-    codes = _clamped(_unclamped(x, scale, zero, OFFSET, ZERO, RECIPROCAL), QMIN, QMAX)
+    codes = _clamped(_unclamped(x, scale, zero, OFFSET, ZERO, RECIPROCAL, COMPUTED), QMIN, QMAX)
     return tl.where(codes == codes, codes, 0.0).to(tl.int32) if OUT == "codes" else _decoded(codes, scale, zero, OFFSET, ZERO, LIMIT)
 
 
@@ -183,8 +199,8 @@ def _quantized(
 def dynamic_kernel(
     x: tl.tensor, out: tl.tensor, scales: tl.tensor, zeros: tl.tensor, rows: tl.tensor, n: tl.tensor, stride: tl.tensor,
     QMIN: tl.constexpr, QMAX: tl.constexpr, DIVISOR: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, SCALE_DTYPE: tl.constexpr,
-    RECIPROCAL: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr, ABSMAX: tl.constexpr, LONG: tl.constexpr, COLS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
+    COMPUTED: tl.constexpr, RECIPROCAL: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr, ABSMAX: tl.constexpr, LONG: tl.constexpr,
+    COLS: tl.constexpr, ELEMENTS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Values (or codes, scales and zero points) of rows x[rows, n], the range of each found on the way.
 
@@ -202,7 +218,7 @@ def dynamic_kernel(
             next_low, next_high, next_nan = _extremes(_load(x + row * stride + start + col, valid), valid, ABSMAX)
             low, high, nan = tl.minimum(low, next_low), tl.maximum(high, next_high), tl.maximum(nan, next_nan)
     low, high = _range(low, high, nan, ABSMAX, ZERO)
-    scale, zero = _scale_and_zero(low, high, QMIN, QMAX, DIVISOR, ZERO, SCALE_DTYPE)
+    scale, zero = _scale_and_zero(low, high, QMIN, QMAX, DIVISOR, ZERO, SCALE_DTYPE, COMPUTED)
     if OUT == "codes":
         tl.store(scales + rank, scale, mask=rank < rows)
         if ZERO != "none":
@@ -212,22 +228,23 @@ def dynamic_kernel(
         for start in range(0, n, COLS):
             valid = (row < rows) & (start + col < n)
             part = _load(x + row * stride + start + col, valid)
-            done = _quantized(part, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, LIMIT, OUT)
+            done = _quantized(part, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LIMIT, OUT)
             _store(out + row * n + start + col, done, valid)
     else:
-        _store(out + row * n + col, _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, LIMIT, OUT), valid)
+        _store(out + row * n + col, _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LIMIT, OUT), valid)
 
 
 @triton.jit
 def scale_kernel(
     lows: tl.tensor, highs: tl.tensor, scales: tl.tensor, zeros: tl.tensor, rows: tl.tensor,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, DIVISOR: tl.constexpr, ZERO: tl.constexpr, SCALE_DTYPE: tl.constexpr, ROWS: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, DIVISOR: tl.constexpr, ZERO: tl.constexpr, SCALE_DTYPE: tl.constexpr, COMPUTED: tl.constexpr,
+    ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Scales and zero points of ranges, all [rows, 1]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     low, high = tl.load(lows + row, mask=valid, other=0.0), tl.load(highs + row, mask=valid, other=0.0)
-    scale, zero = _scale_and_zero(low, high, QMIN, QMAX, DIVISOR, ZERO, SCALE_DTYPE)
+    scale, zero = _scale_and_zero(low, high, QMIN, QMAX, DIVISOR, ZERO, SCALE_DTYPE, COMPUTED)
     tl.store(scales + row, scale, mask=valid)
     if ZERO != "none":
         tl.store(zeros + row, zero, mask=valid)
@@ -236,8 +253,8 @@ def scale_kernel(
 @triton.jit
 def given_kernel(
     x: tl.tensor, out: tl.tensor, scales: tl.tensor, zeros: tl.tensor, rows: tl.tensor, n: tl.tensor, stride: tl.tensor,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, RECIPROCAL: tl.constexpr, LIMIT: tl.constexpr,
-    OUT: tl.constexpr, COLS: tl.constexpr, ELEMENTS: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, RECIPROCAL: tl.constexpr, COMPUTED: tl.constexpr,
+    LIMIT: tl.constexpr, OUT: tl.constexpr, COLS: tl.constexpr, ELEMENTS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Values or codes of rows x[rows, n] with scales [rows, 1], or which of them lie outside, as bits [rows, ceil(n / 8)]."""
     ROWS: tl.constexpr = 1 if ELEMENTS < COLS else ELEMENTS // COLS
@@ -252,13 +269,13 @@ def given_kernel(
     if ZERO != "none":
         zero = tl.load(zeros + row, mask=row < rows, other=0.0)
     if OUT == "outside":
-        codes = _unclamped(tile, scale, zero, OFFSET, ZERO, RECIPROCAL)
+        codes = _unclamped(tile, scale, zero, OFFSET, ZERO, RECIPROCAL, COMPUTED)
         clamped = (valid & (((codes >= QMIN) & (codes <= QMAX)) == 0)).to(tl.int32)  # a NaN is not inside either
         packed = tl.sum(tl.reshape(clamped << (tl.arange(0, COLS)[None, :] & 7), (ROWS, COLS // 8, 8)), axis=2)
         byte, width = (first >> 3) + tl.arange(0, COLS // 8)[None, :], tl.cdiv(n, 8)
         tl.store(out + row * width + byte, packed.to(tl.uint8), mask=(row < rows) & (byte < width))
     else:
-        _store(out + row * n + col, _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, LIMIT, OUT), valid)
+        _store(out + row * n + col, _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LIMIT, OUT), valid)
 
 
 @triton.jit

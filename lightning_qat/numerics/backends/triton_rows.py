@@ -85,13 +85,14 @@ def masked_gradient(grad: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _plain(grid: Grid) -> tuple[list[float], str]:
-    return [float(v) for v in (grid.qmin, grid.qmax, grid.divisor, grid.offset)], " ".join((grid.zero, grid.scale_dtype, grid.round_via))
+    return [float(v) for v in (grid.qmin, grid.qmax, grid.divisor, grid.offset)], " ".join(
+        (grid.zero, grid.scale_dtype, grid.round_via, grid.arithmetic)
+    )
 
 
 def _grid(numbers: Sequence[float], names: str) -> Grid:
     qmin, qmax, divisor, offset = numbers
-    zero, scale_dtype, round_via = names.split()
-    fields: dict[str, Any] = {"zero": zero, "scale_dtype": scale_dtype, "round_via": round_via}
+    fields: dict[str, Any] = dict(zip(("zero", "scale_dtype", "round_via", "arithmetic"), names.split(), strict=True))
     return Grid(qmin=int(qmin), qmax=int(qmax), divisor=divisor, offset=offset, **fields)
 
 
@@ -169,7 +170,7 @@ def _dynamic(x: Tensor, out: Tensor, absmax: bool, grid: Grid, kind: str) -> tup
         _given(x, out, scale, zero_point if grid.zero != "none" else None, grid, kind)
         return scale, zero_point
     x, cols = _columns_together(x), _columns(n, LONGEST_TILE)
-    constants = _constants(grid, "QMIN", "QMAX", "DIVISOR", "OFFSET", "ZERO", "SCALE_DTYPE", "RECIPROCAL")
+    constants = _constants(grid, x.dtype, "QMIN", "QMAX", "DIVISOR", "OFFSET", "ZERO", "SCALE_DTYPE", "RECIPROCAL")
     constants |= {"LIMIT": _limit(out), "OUT": kind, "ABSMAX": absmax, "LONG": n > cols, "COLS": cols}
     _launch(_dynamic_kernel, 1, x, out, scale, zero_point, rows, n, x.stride(0), **constants)
     return scale, zero_point
@@ -178,7 +179,7 @@ def _dynamic(x: Tensor, out: Tensor, absmax: bool, grid: Grid, kind: str) -> tup
 def _scales_of_long_rows(x: Tensor, scale: Tensor, zero_point: Tensor, absmax: bool, grid: Grid) -> None:
     """Reduces with torch, which spreads a row over the GPU, but divides here: torch multiplies by the reciprocal of a divisor there."""
     low, high = (AbsMax() if absmax else MinMax())(x, grid)
-    constants = _constants(grid, "QMIN", "QMAX", "DIVISOR", "ZERO", "SCALE_DTYPE")
+    constants = _constants(grid, x.dtype, "QMIN", "QMAX", "DIVISOR", "ZERO", "SCALE_DTYPE")
     with torch.cuda.device_of(x):
         triton_kernels.scale_kernel[(1,)](low, high, scale, zero_point, len(x), ROWS=FEW_ROWS, **constants, **_options())
 
@@ -190,7 +191,7 @@ def _given(x: Tensor, out: Tensor, scale: Tensor, zero_point: Tensor | None, gri
     x = _columns_together(x)
     scale = scale.to(torch.float32).expand(rows, 1).contiguous()
     zero = scale if zero_point is None else zero_point.to(torch.float32).expand(rows, 1).contiguous()
-    constants = _constants(grid, "QMIN", "QMAX", "OFFSET", "RECIPROCAL")
+    constants = _constants(grid, x.dtype, "QMIN", "QMAX", "OFFSET", "RECIPROCAL")
     constants |= {"ZERO": "none" if zero_point is None else grid.zero, "LIMIT": _limit(out), "OUT": kind, "COLS": cols}
     _launch(_given_kernel, triton.cdiv(n, cols), x, out, scale, zero, rows, n, x.stride(0), **constants)
 
@@ -232,7 +233,9 @@ def _limit(out: Tensor) -> float:
     return min(torch.finfo(out.dtype if out.is_floating_point() else torch.float32).max, torch.finfo(torch.float32).max)
 
 
-def _constants(grid: Grid, *names: str) -> dict[str, Any]:
+def _constants(grid: Grid, dtype: torch.dtype, *names: str) -> dict[str, Any]:
+    """The named ones, and what a tensor of `dtype` is computed in."""
+    computed = grid.computed_in(dtype)
     every = {
         "QMIN": float(grid.qmin),
         "QMAX": float(grid.qmax),
@@ -242,4 +245,4 @@ def _constants(grid: Grid, *names: str) -> dict[str, Any]:
         "SCALE_DTYPE": grid.scale_dtype,
         "RECIPROCAL": grid.round_via == "reciprocal",
     }
-    return {name: every[name] for name in names}
+    return {"COMPUTED": str(computed).removeprefix("torch."), **{name: every[name] for name in names}}

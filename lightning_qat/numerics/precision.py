@@ -1,0 +1,23 @@
+"""A rounding to fewer bits that a compiler may not leave out.
+
+Inductor drops a cast to half precision that is cast back. That is more exact, and another grid. In graphs the cast is therefore an op, whose
+result has to exist.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest numbers of `dtype`, ties to even, returned in the dtype of `values`; what overflows becomes inf."""
+    return (_cast(values, dtype) if torch.compiler.is_compiling() else values.to(dtype)).to(values.dtype)
+
+
+@torch.library.custom_op("lightning_qat::cast", mutates_args=())
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype, copy=True)
+
+
+@_cast.register_fake
+def _(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(values, dtype=dtype)
