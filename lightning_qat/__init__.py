@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_qat.quantizers import fake_quantize, quantize_tensor
     from lightning_qat.scheme import QuantScheme
     from lightning_qat.specs import KVSpec, TensorSpec
+    from lightning_qat.trained import load_trained
 
 __version__ = "0.1.0.dev0"
 
@@ -30,6 +31,7 @@ _HOMES = {
     "fake_quantize": "quantizers",
     "insert_quantizers": "modules",
     "load_quantized": "formats",
+    "load_trained": "trained",
     "merge_lora": "modules",
     "named_quantizers": "modules",
     "quantize_tensor": "quantizers",
@@ -49,6 +51,7 @@ __all__ = [
     "fake_quantize",
     "insert_quantizers",
     "load_quantized",
+    "load_trained",
     "merge_lora",
     "named_quantizers",
     "quantize_tensor",

@@ -30,6 +30,7 @@ from lightning_qat.scheme import QuantScheme, differences
 from lightning_qat.twin import warn_of_twin
 
 STATE_VERSION = 1
+ROOT = "quantization_root"  # where a checkpoint keeps the name below which its quantizers are, None for the module itself
 
 
 class QuantizationCallback(Callback):
@@ -41,7 +42,8 @@ class QuantizationCallback(Callback):
 
     Note:
         Checkpoints hold the float weights under their own names. A Trainer without this callback, or ``load_from_checkpoint`` of a module
-        other than :class:`~lightning_qat.DistillationModule`, gives the float model: call ``insert_quantizers(module, scheme)`` after it.
+        other than :class:`~lightning_qat.DistillationModule`, gives the float model; :func:`lightning_qat.load_trained` gives the quantized
+        one.
 
         One for a Trainer: a scheme describes weights, inputs, keys and values together, so give the first what a second would hold.
 
@@ -57,14 +59,18 @@ class QuantizationCallback(Callback):
         int8_forward: Compute the forward product of linear layers on integer codes, where weights (per output channel) and inputs (per
             token) are both quantized symmetrically and the machine multiplies int8 faster. It is the same product, without the rounding
             of operands that a bf16 product has.
+        target: Registered name of the runtime that is trained for, such as ``compressed-tensors`` or ``gguf``: the scheme gets the
+            conventions that this runtime executes exactly (:meth:`QuantScheme.parse <lightning_qat.QuantScheme.parse>`).
 
     Raises:
-        ValueError: Unknown scheme.
+        ValueError: Unknown scheme, or one that the target cannot execute.
     """
 
-    def __init__(self, scheme: str | QuantScheme, allow_partial: bool = False, int8_forward: bool = False) -> None:
+    def __init__(
+        self, scheme: str | QuantScheme, allow_partial: bool = False, int8_forward: bool = False, target: str | None = None
+    ) -> None:
         warn_of_twin()
-        self.scheme = QuantScheme.parse(scheme)
+        self.scheme = QuantScheme.parse(scheme, target=target)
         self.allow_partial = allow_partial
         self.int8_forward = int8_forward
         self.report: InsertionReport | None = None
@@ -143,8 +149,8 @@ class QuantizationCallback(Callback):
         adapter.check(trainer, root)
         if packed := packed_weights(root):
             raise MisconfigurationException(
-                f"{packed[0]} holds packed codes of an export, which have no gradient; training from an export is not "
-                "supported yet, continue from a training checkpoint"
+                f"{packed[0]} holds packed codes of an export, which have no gradient; to train on from an export, load it with "
+                "load_quantized(path, trainable=True)"
             )
         if (held := adapter.optimized(trainer)) is not None:
             self._check_optimizers(root, held)
@@ -242,6 +248,7 @@ class QuantizationCallback(Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Weights are saved as they are stored, so say which dtype they were quantized in; and keep the random states of all ranks."""
         checkpoint[WEIGHT_DTYPES] = weight_dtypes(quantization_root(pl_module))
+        checkpoint[ROOT] = getattr(pl_module, "quantization_root", None)
         self._random.save(trainer, checkpoint)
 
     @override

@@ -1,5 +1,6 @@
 """A checkpoint from the middle of a schedule needs that schedule: without it the model would be another one than was trained."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,11 +18,23 @@ def refuse_unfinished_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any])
         MisconfigurationException: It names the schedule.
     """
     present = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    if (unfinished := unfinished_schedule(checkpoint, present)) is not None:
+        raise MisconfigurationException(f"{unfinished}; add it to the Trainer's callbacks, with the same settings")
+
+
+def unfinished_schedule(checkpoint: Mapping[str, Any], present: Collection[str]) -> str | None:
+    """What is to be said of a schedule that was still to change something when a checkpoint was saved; None where there is none.
+
+    Args:
+        checkpoint: As Lightning loads it.
+        present: Keys of callbacks that do not count.
+    """
     for key, state in checkpoint.get("callbacks", {}).items():
         if key in present or not isinstance(state, dict) or not {"active_step", "last_step"} <= state.keys():
             continue
         if state["active_step"] is not None and state["active_step"] < state["last_step"]:
-            raise MisconfigurationException(
+            return (
                 f"{key}: the checkpoint was saved at step {state['active_step']} of this schedule, whose last change is due at step "
-                f"{state['last_step']}; add it to the Trainer's callbacks, with these settings: {state['settings']}"
+                f"{state['last_step']}, with these settings: {state['settings']}"
             )
+    return None

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import jsonargparse
@@ -19,18 +18,29 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_qat.cli.demo import demo
 from lightning_qat.cli.errors import CommandParser, brief
+from lightning_qat.cli.export import export, names_in
 from lightning_qat.cli.fit import run_trainer_command
 from lightning_qat.cli.generate import generate, report
 from lightning_qat.cli.plan import plan
-from lightning_qat.distillation import DistillationModule
 from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_windows
 from lightning_qat.formats import export as export_model
 from lightning_qat.formats import load_quantized
 from lightning_qat.generation import load_causal_lm, load_tokenizer
-from lightning_qat.modules import cached_weights, insert_quantizers, merge_lora
+from lightning_qat.modules import cached_weights, insert_quantizers
+from lightning_qat.scheme import QuantScheme
+from lightning_qat.trained import is_checkpoint, load_module
 
 
-def quantize(model: str, scheme: str, out: str, allow_partial: bool = False) -> None:
+def quantize(
+    model: str,
+    scheme: str,
+    out: str,
+    allow_partial: bool = False,
+    target: str | None = None,
+    format: str = "native",
+    drop: str = "",
+    inexact: bool = False,
+) -> None:
     """Round a model to the nearest codes, without training, and export it.
 
     Args:
@@ -38,10 +48,15 @@ def quantize(model: str, scheme: str, out: str, allow_partial: bool = False) -> 
         scheme: Scheme string such as w4a8kv4, or a preset's name.
         out: Folder to create.
         allow_partial: Accept that less than 90 % of the matrix weights can be quantized.
+        target: Runtime whose conventions the scheme gets, such as compressed-tensors or gguf.
+        format: Registered name of the format to write.
+        drop: Parts of the scheme that the format may leave out, separated by commas, such as input,kv.
+        inexact: Allow a runtime that computes codes by other conventions; the difference is measured.
     """
+    fitted = QuantScheme.parse(scheme, target=target)
     network = load_causal_lm(model)
-    print(insert_quantizers(network, scheme, allow_partial=allow_partial))
-    print(f"written to {export_model(network, out)}")
+    print(insert_quantizers(network, fitted, allow_partial=allow_partial))
+    print(f"written to {export_model(network, out, format=format, drop=names_in(drop), inexact=inexact)}")
 
 
 def evaluate(
@@ -56,7 +71,7 @@ def evaluate(
     """Perplexity and bits per byte of a model, an export or a training checkpoint on real text.
 
     Args:
-        model: Folder or hub id of a transformers model, a folder written by export, a .ckpt (or .ckpt.consolidated) file, or tiny-teacher.
+        model: Folder or hub id of a transformers model, a folder written by export, a training checkpoint, or tiny-teacher.
         text: A .txt or .jsonl file, or held-out for the bundled text.
         scheme: Round the model's weights to this scheme first (only for a full-precision model).
         context: Tokens per window; each token is scored once.
@@ -89,45 +104,10 @@ def _continue(network: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> st
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
-def export(checkpoint: str, out: str, format: str = "native") -> None:
-    """Write the student of a training checkpoint with exactly the integers that were trained.
-
-    Args:
-        checkpoint: A .ckpt file of a DistillationModule.
-        out: Folder to create.
-        format: Registered name of the format.
-    """
-    print(f"written to {export_model(_load_checkpoint(checkpoint).student, out, format=format)}")
-
-
-def _load_checkpoint(path: str) -> DistillationModule:
-    if Path(path).is_dir():
-        raise ValueError(
-            f"checkpoint: {path!r} is a folder with one file per process; make a file of it with\n"
-            f"  python -m lightning.fabric.utilities.consolidate_checkpoint {path}\nwhich writes {path}.consolidated"
-        )
-    if not Path(path).is_file():
-        raise ValueError(f"checkpoint: no file at {path!r}")
-    try:
-        module = DistillationModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ValueError) and not str(error).startswith("student: needed"):
-            raise
-        raise ValueError(
-            f"checkpoint: {path!r} names neither its teacher nor its student, which were models in memory; load it in Python with "
-            "DistillationModule.load_from_checkpoint(path, teacher=model)"
-        ) from error
-    except (RuntimeError, KeyError, UnpicklingError) as error:
-        raise ValueError(f"checkpoint: {path!r} is not a checkpoint of a DistillationModule: {error}") from error
-    if module.hparams.get("lora"):
-        merge_lora(module.student)
-    return module
-
-
 def _load_any(model: str) -> tuple[Any, Any]:
     """(model, tokenizer) of whatever the user named."""
-    if model.endswith((".ckpt", ".ckpt.consolidated")):
-        module = _load_checkpoint(model)
+    if is_checkpoint(model):
+        module = load_module(model)
         return module.student, load_tokenizer(module.hparams["teacher"] or module.hparams["student"])
     if (Path(model) / "manifest.json").is_file():
         return load_quantized(model), load_tokenizer(model)

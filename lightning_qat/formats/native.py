@@ -128,8 +128,9 @@ def _counted_bits(layers: dict[str, Any], rest: dict[str, Tensor]) -> int:
 def _fill(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Put every tensor of the file into its place."""
     weights = {weight.name: weight for weight in layer_weights(model)}
+    placeholders: dict[nn.Parameter, nn.Parameter] = {}
     for name, layer in manifest["layers"].items():
-        _put_codes(weights[name], layer, tensors)
+        _put_codes(weights[name], layer, tensors, placeholders)
     for name in manifest["computed_buffers"]:
         owner, _, buffer = name.rpartition(".")
         setattr(model.get_submodule(owner), buffer, tensors.pop(name))
@@ -168,10 +169,14 @@ def _insert(model: nn.Module, manifest: dict[str, Any]) -> None:
         raise
 
 
-def _put_codes(weight: LayerWeight, entry: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _put_codes(
+    weight: LayerWeight, entry: dict[str, Any], tensors: dict[str, Tensor], placeholders: dict[nn.Parameter, nn.Parameter]
+) -> None:
     parts = {part: tensors.pop(key) for part in ("packed", "scale", "zero_point") if (key := f"{weight.name}.{part}") in tensors}
     dtype = getattr(torch, entry["dtype"])
     packed = PackedWeight(TensorSpec(**entry["spec"]), tuple(entry["shape"]), dtype, parts)
     setattr(weight.layer, f"{weight.parameter}_quantizer", packed)
-    # Some models ask a layer's weight for its dtype; an empty parameter answers and holds nothing.
-    setattr(weight.layer, weight.parameter, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
+    # Some models ask a layer's weight for its dtype; an empty parameter answers and holds nothing. Tied weights share one.
+    before = getattr(weight.layer, weight.parameter)
+    empty = placeholders.setdefault(before, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
+    setattr(weight.layer, weight.parameter, empty)

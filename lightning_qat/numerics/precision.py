@@ -1,7 +1,7 @@
 """A rounding to fewer bits that a compiler may not leave out.
 
-Inductor drops a cast to half precision that is cast back. That is more exact, and another grid. In graphs the cast is therefore an op, whose
-result has to exist.
+Inductor drops a cast to half precision that is cast back: more exact, and another grid. In graphs the cast is therefore an op, whose result
+has to exist.
 """
 
 import torch

@@ -161,10 +161,10 @@ def test_a_mistake_in_the_yaml(path, value, parts, config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", [["export", "--out", "out", "--checkpoint"], ["evaluate", "--model"]], ids=["export", "evaluate"])
-def test_a_checkpoint_of_several_processes_is_refused_with_the_command_that_joins_it(command, tmp_path, capsys):
+def test_a_folder_that_is_no_checkpoint_is_refused(command, tmp_path, capsys):
     (tmp_path / "last.ckpt").mkdir()
     message = refused(capsys, main([*command, str(tmp_path / "last.ckpt")]))
-    assert f"lightning.fabric.utilities.consolidate_checkpoint {tmp_path / 'last.ckpt'}" in message
+    assert "holds no .metadata and meta.pt" in message
 
 
 def test_a_yaml_that_is_not_there(tmp_path, capsys):

@@ -156,10 +156,7 @@ def _unclamped(
     if ZERO == "float":
         x = x - zero
     safe = tl.where(scale == 0, 1.0, scale)
-    if RECIPROCAL:
-        steps = x * _nearest(tl.div_rn(tl.full(safe.shape, 1.0, tl.float32), safe), COMPUTED)
-    else:
-        steps = tl.div_rn(x, safe)
+    steps = x * _nearest(tl.div_rn(tl.full(safe.shape, 1.0, tl.float32), safe), COMPUTED) if RECIPROCAL else tl.div_rn(x, safe)
     steps = _nearest(steps, COMPUTED)
     if OFFSET != 0:
         steps = steps - OFFSET

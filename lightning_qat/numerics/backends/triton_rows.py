@@ -85,9 +85,8 @@ def masked_gradient(grad: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _plain(grid: Grid) -> tuple[list[float], str]:
-    return [float(v) for v in (grid.qmin, grid.qmax, grid.divisor, grid.offset)], " ".join(
-        (grid.zero, grid.scale_dtype, grid.round_via, grid.arithmetic)
-    )
+    names = (grid.zero, grid.scale_dtype, grid.round_via, grid.arithmetic)
+    return [float(v) for v in (grid.qmin, grid.qmax, grid.divisor, grid.offset)], " ".join(names)
 
 
 def _grid(numbers: Sequence[float], names: str) -> Grid:
