@@ -66,8 +66,8 @@ def page(result: dict[str, Any]) -> Iterator[str]:
     yield f"```bash\n{result['command']}\n```\n"
     yield f"Run on {result['date']}: {device['cpu']}, {device['cpu_threads']} CPU threads."
     yield f"{', '.join(f'{name} {version}' for name, version in result['versions'].items() if version)}.\n"
-    yield f"Perplexity on {result['tokens']:,} held-out tokens after {result['steps']} steps of distillation of the bundled teacher; in brackets"
-    yield "the relative distance to the fake-quantized model.\n"
+    yield f"Perplexity on {result['tokens']:,} held-out tokens after {result['steps']} steps of distillation of the bundled teacher; in"
+    yield "brackets the relative distance to the fake-quantized model.\n"
     yield f"| preset | fake-quantized | {' | '.join(names)} |"
     yield "|---" * (len(names) + 2) + "|"
     for row in rows:

@@ -30,6 +30,9 @@ def test_keys_and_values_take_two_bits_or_more() -> None:
         (TensorSpec, {"divisor": "qmx"}, r"TensorSpec.divisor: .*did you mean 'qmax'\?"),
         (TensorSpec, {"scale_dtype": "bfloat"}, r"TensorSpec.scale_dtype: .*did you mean 'bfloat16'\?"),
         (TensorSpec, {"round_via": "divid"}, r"TensorSpec.round_via: .*did you mean 'divide'\?"),
+        (TensorSpec, {"arithmetic": "imput"}, r"TensorSpec.arithmetic: .*did you mean 'input'\?"),
+        (TensorSpec, {"arithmetic": "input", "symmetric": False}, r"TensorSpec.arithmetic: got 'input' with symmetric=False"),
+        (KVSpec, {"arithmetic": "input", "symmetric": False}, r"arithmetic: got 'input' with symmetric=False"),
         (TensorSpec, {"range_finder": "absmx"}, r"TensorSpec.range_finder: .*did you mean 'absmax'\?"),
         (KVSpec, {"position": "pre-rope"}, r"KVSpec.position: .*did you mean 'pre_rope'\?"),
         (KVSpec, {"granularity": "token_heads"}, r"KVSpec.granularity: .*did you mean 'token_head'\?"),
@@ -107,6 +110,12 @@ def test_storage_counts_codes_scales_and_zero_points(spec: TensorSpec, bits: int
 def test_a_kv_spec_is_a_tensor_spec() -> None:
     kv = KVSpec(bits=3, granularity="token", symmetric=False, scale_dtype="float16", round_via="reciprocal")
     assert kv.tensor == TensorSpec(bits=3, granularity="token", symmetric=False, scale_dtype="float16", round_via="reciprocal")
+
+
+def test_a_kv_spec_takes_its_arithmetic_along() -> None:
+    assert KVSpec(bits=4, arithmetic="input", code_range="full").tensor == TensorSpec(
+        bits=4, granularity="token_head", arithmetic="input", code_range="full"
+    )
 
 
 def test_a_kv_spec_has_float_zero_points_too() -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lightning_qat.formats.executed import Example
 from lightning_qat.formats.fitting import Fit
@@ -50,12 +51,16 @@ class Format(ABC):
         runtime: What its runtime executes; None for everything that was trained.
         packages: Modules that must be importable; the extra that installs them is called like the format.
         transformers_only: Whether only models of transformers can be written.
+        transformers_first: Whether a model of transformers is written alone, without the module that holds it.
+        library: What the hub calls the library that loads the folder, such as ``transformers``; for the model card.
     """
 
     name: ClassVar[str]
     runtime: ClassVar[Runtime | None] = None
     packages: ClassVar[tuple[str, ...]] = ()
     transformers_only: ClassVar[bool] = False
+    transformers_first: ClassVar[bool] = False
+    library: ClassVar[str] = "lightning_qat"
 
     def scale_dtype(self, model: nn.Module) -> torch.dtype:
         """What scales of weights are stored in; one that is not a number of this type does not fit."""
@@ -79,6 +84,11 @@ class Format(ABC):
         Raises:
             RuntimeError: Something reads back differently.
         """
+
+    def usage(self, job: Job) -> str:
+        """Lines of Python for the model card that load the folder, called ``"folder"`` in them; a target shows its runtime's own library."""
+        own = "" if isinstance(job.model, PreTrainedModel) else ", model=MyModel()"
+        return f'from lightning_qat import load_quantized\n\nmodel = load_quantized("folder"{own})'
 
     @abstractmethod
     def load(self, folder: Path, manifest: dict[str, Any], model: nn.Module | None = None) -> Any:

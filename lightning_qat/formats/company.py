@@ -6,29 +6,45 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from lightning_qat.generation import has_tokenizer, load_tokenizer
 
 
-def find_tokenizer(model: nn.Module, given: Any) -> Any:
-    """The tokenizer of a model: the one given (an object, a folder or a hub id), or what lies where the model came from; else None."""
+def find_tokenizer(whole: nn.Module, model: nn.Module, given: Any) -> Any:
+    """The tokenizer to write; a warning, at the line that calls the caller's caller, where a model that generates text has none.
+
+    Args:
+        whole: The module that the user handed over.
+        model: What is written of it.
+        given: A tokenizer, or the folder or hub id of one; it wins.
+
+    Returns:
+        What is given; else what `whole` has as its ``tokenizer``; else what lies where the model came from; else None.
+
+    Raises:
+        ValueError: Nothing can be read from the folder or hub id that is given.
+    """
     if given is not None:
         return load_tokenizer(given) if isinstance(given, str | Path) else given
+    if isinstance(own := getattr(whole, "tokenizer", None), PreTrainedTokenizerBase):
+        return own
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return None
-    source = model.config._name_or_path
-    if not source or (Path(source).is_dir() and not has_tokenizer(source)):
-        return None
-    try:
-        return load_tokenizer(source)
-    except ValueError as error:
-        warnings.warn(f"export: {error}; pass tokenizer= to export", stacklevel=3)
-        return None
+    source, reason = model.config._name_or_path, ""
+    if source and (not Path(source).is_dir() or has_tokenizer(source)):
+        try:
+            return load_tokenizer(source)
+        except ValueError as error:
+            reason = f" ({error})"
+    text = f"export: no tokenizer is known for this model{reason}, so none is written; pass tokenizer= to export"
+    warnings.warn(text, stacklevel=4)
+    return None
 
 
 def save_company(model: nn.Module, tokenizer: Any, folder: Path, config: dict[str, Any] | None = None) -> None:
-    """Write config, generation config and tokenizer of a transformers model; other models have none.
+    """Write config and generation config, which only models of transformers have, and the tokenizer with its chat template.
 
     Args:
         model: The model.
@@ -36,14 +52,15 @@ def save_company(model: nn.Module, tokenizer: Any, folder: Path, config: dict[st
         folder: Where.
         config: Entries to add to the written config, such as ``quantization_config``.
     """
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     if not isinstance(model, PreTrainedModel):
         return
     written = type(model.config).from_dict(model.config.to_dict() | (config or {}))
     written.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        # Not save_pretrained, which refuses settings that contradict each other, as some published models have them.
+        model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

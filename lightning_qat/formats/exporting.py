@@ -1,8 +1,6 @@
 """The verb `export`: check everything, write to a temporary folder, verify it there, rename."""
 
-import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lightning_qat.formats.base import Format, Job, check_packages, formats
-from lightning_qat.formats.card import write_card
+from lightning_qat.formats.card import check_results, write_card
 from lightning_qat.formats.company import find_tokenizer
 from lightning_qat.formats.executed import difference, example_for, executing, outputs_of
 from lightning_qat.formats.fitting import Fit, check_drop, fit_model
 from lightning_qat.formats.hub import check_hub, push
 from lightning_qat.formats.manifest import MANIFEST, write_manifest
-from lightning_qat.generation.store.durable import sync
+from lightning_qat.formats.staging import check_folder, staged
 from lightning_qat.modules import scheme_of
 from lightning_qat.modules.insertion import quantized_roots
 from lightning_qat.modules.layer import quant_layers
@@ -68,25 +66,13 @@ def export(
     check_packages(type(writer))
     check_drop(drop)
     whole = quantized_part(model)
-    target = _check_folder(Path(path))
+    target = check_folder(path)
     check_hub(push_to_hub)
+    check_results(results)
     job = _prepare(whole, writer, drop, inexact, tokenizer, example_inputs, results)
     writer.check(job)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"path: cannot write to {str(target)!r}: {error}") from error
-    try:
-        _write(job, writer, temporary)
-        if target.exists():
-            target.rmdir()
-        os.replace(temporary, target)
-        sync(target.parent)
-    except OSError as error:
-        raise ValueError(f"path: cannot write to {str(target)!r}: {error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with staged(target) as folder:
+        _write(job, writer, folder)
     if push_to_hub is not None:
         push(target, push_to_hub)
     return target
@@ -101,8 +87,6 @@ def _write(job: Job, writer: Format, folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             shutil.copymode(folder / MANIFEST, file)  # safetensors makes files that only their owner can read
-            sync(file)
-    sync(folder)
 
 
 def _measure(job: Job) -> dict[str, float] | None:
@@ -148,35 +132,31 @@ def quantized_part(model: nn.Module) -> nn.Module:
     return part
 
 
-def _check_folder(target: Path) -> Path:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"path: {str(target)!r} exists and is not an empty folder; choose another one")
-    return target
-
-
 def _prepare(
     whole: nn.Module, writer: Format, drop: tuple[str, ...], inexact: bool, tokenizer: Any, example_inputs: Any, results: Any
 ) -> Job:
     scheme = scheme_of(whole)
     assert scheme is not None
-    model = _transformers_part(whole, writer.name) if writer.transformers_only else whole
+    model = _written_part(whole, writer)
     if writer.runtime is None:
         if drop or inexact:
             raise ValueError(f"drop, inexact: got drop={drop!r}, inexact={inexact}; {writer.name!r} expresses everything exactly")
         fit = Fit(inputs={}, kv={}, scale_dtypes={})
     else:
         fit = fit_model(model, writer.runtime, writer.name, writer.scale_dtype(model), drop, inexact)
-    found = find_tokenizer(model, tokenizer)
-    if found is None and isinstance(model, PreTrainedModel) and model.can_generate():
-        warnings.warn("export: no tokenizer is known for this model, so none is written; pass tokenizer= to export", stacklevel=3)
+    found = find_tokenizer(whole, model, tokenizer)
     return Job(model=model, scheme=scheme, fit=fit, tokenizer=found, example=example_for(model, example_inputs), results=results)
 
 
-def _transformers_part(whole: nn.Module, name: str) -> PreTrainedModel:
-    """The transformers model that holds all that is quantized: the module itself or a part of it."""
+def _written_part(whole: nn.Module, writer: Format) -> nn.Module:
+    """The module itself, or for formats of transformers its model (itself or a part of it) that holds all that is quantized."""
+    if not (writer.transformers_only or writer.transformers_first):
+        return whole
     layers = {id(layer) for _, layer in quant_layers(whole)}
     models = (module for module in whole.modules() if isinstance(module, PreTrainedModel))
     for model in models:  # outermost first
         if layers <= {id(module) for module in model.modules()}:
             return model
-    raise ValueError(f"format: {name!r} writes models of transformers; {type(whole).__name__} is none and holds none; use 'native'")
+    if writer.transformers_first:
+        return whole
+    raise ValueError(f"format: {writer.name!r} writes models of transformers; {type(whole).__name__} is none and holds none; use 'native'")

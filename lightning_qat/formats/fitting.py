@@ -74,13 +74,13 @@ def fit_model(model: nn.Module, runtime: Runtime, name: str, scale_dtype: torch.
         ValueError: Something does not fit; every misfit is named once, with the nearest spec that fits and the ways out.
     """
     check_drop(drop)
-    misfits = {place: found for place in _places(model) if place.part not in drop and (found := _misfits(model, runtime, place))}
+    misfits = {place: found for place in quantized_places(model) if place.part not in drop and (found := _misfits(model, runtime, place))}
     hard = [place for place, found in misfits.items() if not inexact or any(misfit.field not in CONVENTIONS for misfit in found)]
     rounded = {weight.name: scale_dtype for weight in layer_weights(model) if not _fits(weight, scale_dtype)}
     if hard or (rounded and not inexact):
         raise ValueError(_refusal(runtime, name, {place: misfits[place] for place in hard}, rounded, inexact))
     fitted = {place: _nearest(runtime, place) for place in misfits}
-    dropped = tuple(part for part in DROPPABLE if part in drop and any(place.part == part for place in _places(model)))
+    dropped = tuple(part for part in DROPPABLE if part in drop and any(place.part == part for place in quantized_places(model)))
     notes = [f"dropped: {part}" for part in dropped]
     notes += sorted({f"{place.part}: executed with {changes(place.spec, spec)}" for place, spec in fitted.items()})
     notes += [f"weight: {len(rounded)} weights have their scales rounded to {_word(scale_dtype)}"] if rounded else []
@@ -93,7 +93,8 @@ def fit_model(model: nn.Module, runtime: Runtime, name: str, scale_dtype: torch.
     )
 
 
-def _places(model: nn.Module) -> Iterator[Place]:
+def quantized_places(model: nn.Module) -> Iterator[Place]:
+    """Every spec of a model, part for part."""
     for weight in layer_weights(model):
         if weight.quantizer is not None:
             yield Place(weight.name, "weight", weight.quantizer.spec)

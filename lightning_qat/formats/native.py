@@ -45,7 +45,8 @@ class NativeFormat(Format):
         model = job.model
         tensors, layers = _packed_layers(model)
         rest, tied = _other_tensors(model)
-        computed = {name: buffer.detach().cpu().contiguous().clone() for name, buffer in computed_buffers(model).items()}
+        coded, buffers = stands_for_codes(model), computed_buffers(model)
+        computed = {name: buffer.detach().cpu().contiguous().clone() for name, buffer in buffers.items() if not coded(name)}
         save_file({**tensors, **rest, **computed}, folder / WEIGHTS, metadata={"format": "pt"})
         save_company(model, job.tokenizer, folder)
         return {

@@ -1,7 +1,6 @@
 """A rounding to fewer bits that a compiler may not leave out.
 
-Inductor drops a cast to half precision that is cast back: more exact, and another grid. In graphs the cast is therefore an op, whose result
-has to exist.
+Inductor drops a cast to half precision that is cast back: more exact, and another grid. In graphs the rounding is therefore an op.
 """
 
 import torch
@@ -9,15 +8,15 @@ from torch import Tensor
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest numbers of `dtype`, ties to even, returned in the dtype of `values`; what overflows becomes inf."""
-    return (_cast(values, dtype) if torch.compiler.is_compiling() else values.to(dtype)).to(values.dtype)
+    """The nearest numbers of `dtype`, ties to even, in the dtype of `values`; what overflows becomes inf."""
+    return _rounded(values, dtype) if torch.compiler.is_compiling() else values.to(dtype).to(values.dtype)
 
 
-@torch.library.custom_op("lightning_qat::cast", mutates_args=())
-def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.to(dtype, copy=True)
+@torch.library.custom_op("lightning_qat::rounded", mutates_args=())
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype).to(values.dtype, copy=True)
 
 
-@_cast.register_fake
+@_rounded.register_fake
 def _(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(values, dtype=dtype)
+    return torch.empty_like(values)

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_qat.callbacks.quantization import ROOT, quantization_root
 from lightning_qat.callbacks.unfinished import unfinished_schedule
 from lightning_qat.distillation import DistillationModule
-from lightning_qat.modules import insert_quantizers, merge_lora, scheme_of
+from lightning_qat.modules import insert_quantizers, merge_lora
 from lightning_qat.modules.lora import adapted_layers
 from lightning_qat.modules.weights import WEIGHT_DTYPES, set_weight_dtypes
 from lightning_qat.scheme import QuantScheme
@@ -62,8 +62,7 @@ def load_module(checkpoint: str | Path, model: Model = None) -> pl.LightningModu
         )
     module = _restored(model, saved) if isinstance(model, pl.LightningModule) else _built(model or DistillationModule, saved, place)
     root = _root(module, saved, place)
-    if scheme_of(root) is None:
-        insert_quantizers(root, _scheme_in(saved, place), allow_partial=True)
+    insert_quantizers(root, _scheme_in(saved, place), allow_partial=True)  # those that are there have to be of the same scheme
     set_weight_dtypes(root, saved.get(WEIGHT_DTYPES, {}))
     _load_weights(module, saved["state_dict"], place)
     if next(adapted_layers(root), None) is not None:
@@ -122,6 +121,8 @@ def _root(module: pl.LightningModule, saved: Mapping[str, Any], place: str) -> n
 
 
 def _scheme_in(saved: Mapping[str, Any], place: str) -> QuantScheme:
+    if saved.get("quantization_scheme") is not None:  # of a DistillationModule: the stage that was trained last
+        return QuantScheme.parse(saved["quantization_scheme"])
     states = (state for state in saved.get("callbacks", {}).values() if isinstance(state, Mapping))
     state = next((state for state in states if {"format_version", "scheme"} <= state.keys()), None)
     if state is None:

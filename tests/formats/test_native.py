@@ -3,6 +3,7 @@
 import copy
 import json
 
+import manifests
 import pytest
 import torch
 from models import cnn, gemma3, gpt2, llama, logits_of, mlp, opt, qwen3, save_causal_lm, tied_llama, token_ids
@@ -302,11 +303,6 @@ def test_a_truncated_manifest_is_refused(folder):
         load_quantized(folder)
 
 
-def edit_manifest(folder, **changes):
-    file = folder / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -317,7 +313,7 @@ def edit_manifest(folder, **changes):
     ids=["newer", "other-format", "unknown-class"],
 )
 def test_what_this_version_cannot_read_is_refused(changes, message, folder):
-    edit_manifest(folder, **changes)
+    manifests.edit(folder, **changes)
     with pytest.raises(ValueError, match=message):
         load_quantized(folder)
 
@@ -329,7 +325,7 @@ def test_tensors_that_do_not_belong_are_refused(folder):
         "model.norm.weight": {key: value for key, value in tensors.items() if key != "model.norm.weight"},
     }.items():
         save_file(changed, folder / "model.safetensors")
-        edit_manifest(folder, sha256={})
+        manifests.edit(folder, sha256={})
         with pytest.raises(ValueError, match=rf"model: missing in the export.*{name}"):
             load_quantized(folder)
 

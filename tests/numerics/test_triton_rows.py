@@ -53,8 +53,9 @@ def grids(zero: str) -> list[Grid]:
     every = itertools.product(CODES[zero], ("float32", "bfloat16", "float16"), ("divide", "reciprocal"))
     offset, zero = (0.5, "none") if zero == "half" else (0.0, zero)
     return [
-        Grid(qmin=low, qmax=high, divisor=divisor, offset=offset, zero=zero, scale_dtype=stored, round_via=via)
+        Grid(qmin=low, qmax=high, divisor=divisor, offset=offset, zero=zero, scale_dtype=stored, round_via=via, arithmetic=arithmetic)
         for (low, high, divisor), stored, via in every
+        for arithmetic in (("float32", "input") if zero == "none" and not offset else ("float32",))
     ]
 
 
@@ -241,7 +242,7 @@ def test_indices_start_as_int64():
 
 
 @compiled_here
-@pytest.mark.parametrize("grid", [grids("none")[0], grids("integer")[3], grids("float")[4]], ids=str)
+@pytest.mark.parametrize("grid", [*grids("none")[:2], grids("integer")[3], grids("float")[4]], ids=str)
 @pytest.mark.parametrize("kernel", ["dynamic_kernel", "given_kernel", "scale_kernel", "gradient_kernel"])
 def test_the_machine_code_rounds_every_step(kernel, grid, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
