@@ -39,6 +39,8 @@ class Override:
         if isinstance(self.names, str) or not self.names:
             raise ValueError(f"Override.names: got {self.names!r}, expected a non-empty list of patterns")
         object.__setattr__(self, "names", tuple(self.names))
+        if not all(isinstance(pattern, str) for pattern in self.names):
+            raise ValueError(f"Override.names: got {self.names!r}, expected a non-empty list of patterns")
         _check_parts(self)
         _drop_off_parts(self)
 
@@ -77,6 +79,8 @@ class QuantScheme:
             if isinstance(getattr(self, field), str):
                 raise ValueError(f"QuantScheme.{field}: got {getattr(self, field)!r}, expected a list of patterns")
             object.__setattr__(self, field, tuple(getattr(self, field)))
+            if not all(isinstance(pattern, str) for pattern in getattr(self, field)):
+                raise ValueError(f"QuantScheme.{field}: got {getattr(self, field)!r}, expected a list of patterns")
         object.__setattr__(self, "overrides", tuple(self.overrides))
         _check_parts(self)
         _drop_off_parts(self)

@@ -97,6 +97,8 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", _check_bits("TensorSpec", self.bits))
+        if not isinstance(self.quantizer, str):
+            raise ValueError(f"TensorSpec.quantizer: got {self.quantizer!r}, expected the name of a quantizer")
         _choose("TensorSpec", "granularity", self.granularity, GRANULARITIES)
         _choose("TensorSpec", "zero_point", self.zero_point, ("integer", "float"))
         _choose("TensorSpec", "range_finder", self.range_finder, ("absmax", "percentile", "mse", "lp"))

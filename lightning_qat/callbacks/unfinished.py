@@ -19,11 +19,12 @@ def refuse_unfinished_schedules(trainer: pl.Trainer, checkpoint: dict[str, Any])
     """
     present = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
     if (unfinished := unfinished_schedule(checkpoint, present)) is not None:
-        raise MisconfigurationException(f"{unfinished}; add it to the Trainer's callbacks, with the same settings")
+        said, settings = unfinished
+        raise MisconfigurationException(f"{said}; add it to the Trainer's callbacks, with these settings: {settings}")
 
 
-def unfinished_schedule(checkpoint: Mapping[str, Any], present: Collection[str]) -> str | None:
-    """What is to be said of a schedule that was still to change something when a checkpoint was saved; None where there is none.
+def unfinished_schedule(checkpoint: Mapping[str, Any], present: Collection[str]) -> tuple[str, Any] | None:
+    """A schedule that was still to change something when a checkpoint was saved: (what is to be said, its settings), or None.
 
     Args:
         checkpoint: As Lightning loads it.
@@ -33,8 +34,6 @@ def unfinished_schedule(checkpoint: Mapping[str, Any], present: Collection[str])
         if key in present or not isinstance(state, dict) or not {"active_step", "last_step"} <= state.keys():
             continue
         if state["active_step"] is not None and state["active_step"] < state["last_step"]:
-            return (
-                f"{key}: the checkpoint was saved at step {state['active_step']} of this schedule, whose last change is due at step "
-                f"{state['last_step']}, with these settings: {state['settings']}"
-            )
+            said = f"{key}: the checkpoint was saved at step {state['active_step']} of this schedule, whose last change is due at step "
+            return f"{said}{state['last_step']}", state["settings"]
     return None

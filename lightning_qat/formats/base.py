@@ -52,6 +52,7 @@ class Format(ABC):
         packages: Modules that must be importable; the extra that installs them is called like the format.
         transformers_only: Whether only models of transformers can be written.
         transformers_first: Whether a model of transformers is written alone, without the module that holds it.
+        traces: Whether the forward pass itself is written: a module that there is an example for is then written whole.
         library: What the hub calls the library that loads the folder, such as ``transformers``; for the model card.
     """
 
@@ -60,6 +61,7 @@ class Format(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     transformers_only: ClassVar[bool] = False
     transformers_first: ClassVar[bool] = False
+    traces: ClassVar[bool] = False
     library: ClassVar[str] = "lightning_qat"
 
     def scale_dtype(self, model: nn.Module) -> torch.dtype:

@@ -65,8 +65,10 @@ def write_card(job: Job, writer: Format, folder: Path, entries: dict[str, Any]) 
         "License": [_license(origin)],
         "Versions": _table(("library", "version"), versions(writer).items()),
     }
-    text = "\n\n".join(f"{'#' if i == 0 else '##'} {title}\n\n" + "\n".join(body) for i, (title, body) in enumerate(sections.items()) if body)
-    (folder / CARD).write_text(f"---\n{head}---\n\n{text}\n", encoding="utf-8")
+    text = "\n\n".join(
+        f"{'#' if i == 0 else '##'} {title}\n\n" + "\n".join(body) for i, (title, body) in enumerate(sections.items()) if body
+    )
+    (folder / CARD).write_text(f"---\n{head}---\n\n{text}\n", encoding="utf-8", errors="replace")
 
 
 def plain(text: object) -> str:
@@ -89,11 +91,12 @@ def _metadata(job: Job, writer: Format, origin: Origin, figures: dict[str, Any])
         "tags": ["lightning_qat", "quantization-aware-training", writer.name, *(f"{bit}-bit" for bit in bits)],
         "quantization": {
             "target": writer.name,
-            "scheme": {part: spec for part, spec in job.scheme.to_dict().items() if part in PARTS and spec is not None},
+            "scheme": {part: _in_words(spec) for part in PARTS if (spec := getattr(job.scheme, part)) is not None},
             "effective_bits": figures["effective_bits"],
         },
     }
-    return {key: value for key, value in entries.items() if value is not None}
+    lines = {key: " ".join(value.split()) if isinstance(value, str) else value for key, value in entries.items()}
+    return {key: value for key, value in lines.items() if value is not None}
 
 
 def _introduction(job: Job, writer: Format, origin: Origin) -> list[str]:
@@ -111,7 +114,7 @@ def _specs(job: Job) -> Iterator[tuple[str, str, str]]:
         places.setdefault((part, spec), []).append(name)
     for (part, spec), names in places.items():
         where = plain(names[0]) if len(names) == 1 else f"{len(names)} places, the first is {plain(names[0])}"
-        yield part, where, _in_words(spec)
+        yield part, where, plain(_in_words(spec))
 
 
 def _in_words(spec: Any) -> str:
@@ -120,7 +123,7 @@ def _in_words(spec: Any) -> str:
     words += [spec.position.replace("_rope", "-RoPE")] if hasattr(spec, "position") else []
     words += [] if getattr(spec, "dynamic", True) else ["static range"]
     conventions = ("quantizer", "code_range", "divisor", "scale_dtype", "round_via", "arithmetic")
-    return ", ".join([*words, *(f"{name} {plain(getattr(spec, name))}" for name in conventions)])
+    return ", ".join([*words, *(f"{name} {getattr(spec, name)}" for name in conventions)])
 
 
 def _scheme_line(figures: dict[str, Any]) -> str:
@@ -134,7 +137,9 @@ def _scheme_line(figures: dict[str, Any]) -> str:
 
 def _size(folder: Path, figures: dict[str, Any]) -> list[str]:
     nominal, disk = figures["nominal_bits"] / 8, size_on_disk(folder)
-    return [f"{disk:,} bytes on disk, all files but this card and the manifest. Codes, scales and every other tensor take {nominal:,.0f} bytes."]
+    return [
+        f"{disk:,} bytes on disk, all files but this card and the manifest. Codes, scales and every other tensor take {nominal:,.0f} bytes."
+    ]
 
 
 def _differences(job: Job, measured: Mapping[str, float] | None) -> list[str]:

@@ -88,6 +88,8 @@ def executing(model: nn.Module, fit: Fit) -> Iterator[None]:
     """Inside the block the model computes what a runtime executes: without dropped parts, with its conventions and its rotary tables."""
     with ExitStack() as stack:
         for name, layer in quant_layers(model):
+            # A product of integer codes rounds otherwise than that of their values, and a kept weight may have other scales.
+            stack.enter_context(_with(layer, int8_forward=False, kept_weight=None))
             quantizer = layer.input_quantizer
             if quantizer is not None and "input" in fit.dropped:
                 stack.enter_context(_with(quantizer, enabled=False))

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lightning_qat.formats.base import Format, Job, check_packages, formats
@@ -105,6 +107,7 @@ def quantized_part(model: nn.Module) -> nn.Module:
         ValueError: No quantizers, those of a part only, sharded weights, adapters beside weights, or pruning masks.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     root = getattr(model, "quantization_root", None)
     part = model.get_submodule(root) if isinstance(root, str) else model
     if scheme_of(part) is None:
@@ -119,8 +122,13 @@ def quantized_part(model: nn.Module) -> nn.Module:
             f"export: quantizers were inserted below {roots[0]!r} and {roots[1]!r} on their own; insert once at their common parent "
             "(with overrides), or export each part"
         )
-    if sharded := [name for name, parameter in part.named_parameters() if isinstance(parameter, DTensor)]:
-        raise ValueError(f"export: {sharded[0]} is sharded over processes; save a checkpoint and export that (lightning-qat export)")
+    sharded = [name for name, parameter in part.named_parameters() if isinstance(parameter, DTensor)]
+    sharded += [name for name, module in part.named_modules() if isinstance(module, FullyShardedDataParallel)]
+    if sharded:
+        raise ValueError(
+            f"export: {sharded[0]!r} is sharded over processes; save a checkpoint and export that: export(load_trained(checkpoint), path), or "
+            "lightning-qat export"
+        )
     if (adapted := next(adapted_layers(part), None)) is not None:
         check_adapters(part)
         raise ValueError(f"export: {adapted[0]} has an adapter beside its weight; call lightning_qat.merge_lora(model) first")
@@ -137,7 +145,8 @@ def _prepare(
 ) -> Job:
     scheme = scheme_of(whole)
     assert scheme is not None
-    model = _written_part(whole, writer)
+    traced_whole = writer.traces and example_for(whole, example_inputs) is not None
+    model = whole if traced_whole else _written_part(whole, writer)
     if writer.runtime is None:
         if drop or inexact:
             raise ValueError(f"drop, inexact: got drop={drop!r}, inexact={inexact}; {writer.name!r} expresses everything exactly")

@@ -8,6 +8,7 @@ from torch import nn
 from lightning_qat.formats.base import check_packages, formats
 from lightning_qat.formats.manifest import read_manifest
 from lightning_qat.modules.unpacking import Scales, make_trainable
+from lightning_qat.registry import did_you_mean
 
 
 def load_quantized(path: str | Path, model: nn.Module | None = None, *, trainable: bool = False, scales: Scales = "kept") -> Any:
@@ -33,9 +34,21 @@ def load_quantized(path: str | Path, model: nn.Module | None = None, *, trainabl
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    writer = formats.get(manifest.get("target", "native"))
+    writer = formats.get(_target(folder, manifest))
     check_packages(writer)
     if trainable and writer.name != "native":
         raise ValueError(f"trainable: {str(path)!r} is a {writer.name!r} export, for its runtime only; train on from a native one")
     loaded = writer().load(folder, manifest, model)
     return make_trainable(loaded, scales) if trainable else loaded
+
+
+def _target(folder: Path, manifest: dict[str, Any]) -> str:
+    """The format that wrote a folder; the first exports do not say it, they are native."""
+    target: str = manifest.get("target", "native")
+    if target not in formats:
+        made_by = manifest["versions"].get("lightning_qat")
+        raise ValueError(
+            f"path: {str(folder)!r} was written for the target {target!r} by lightning-qat {made_by}, {did_you_mean(target, formats.names())}; "
+            "update this library: pip install -U lightning-qat"
+        )
+    return target

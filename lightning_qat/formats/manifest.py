@@ -138,9 +138,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 def _another_version(path: Path, manifest: dict[str, Any]) -> str:
     found = manifest.get("format_version")
-    text = (
-        f"path: {str(path)!r} is {manifest.get('format')!r} version {found!r}; this library reads {FORMAT!r} version {FORMAT_VERSION}"
-    )
+    text = f"path: {str(path)!r} is {manifest.get('format')!r} version {found!r}; this library reads {FORMAT!r} version {FORMAT_VERSION}"
     if manifest.get("format") != FORMAT or type(found) is not int:
         return text
     made_by = manifest.get("versions")

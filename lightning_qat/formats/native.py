@@ -23,6 +23,7 @@ from lightning_qat.formats.base import Format, Job, formats
 from lightning_qat.formats.codes import stored_codes
 from lightning_qat.formats.company import save_company
 from lightning_qat.formats.executed import computed_buffers
+from lightning_qat.formats.native_entries import check_entries
 from lightning_qat.formats.skeleton import build_transformers_model
 from lightning_qat.modules import insert_quantizers, remove_quantizers, scheme_of
 from lightning_qat.modules.insertion import quantized_root
@@ -72,6 +73,7 @@ class NativeFormat(Format):
             tensors = load_file(folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"path: cannot read {str(folder / WEIGHTS)!r}: {error}") from error
+        check_entries(folder, manifest, tensors)
         if model is None:
             if manifest["model"]["library"] != "transformers":
                 raise ValueError(f"model: this is a {manifest['model']['class']} of your own; pass model=<an instance> to load_quantized")
@@ -132,7 +134,10 @@ def _fill(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor]
     placeholders: dict[nn.Parameter, nn.Parameter] = {}
     for name, layer in manifest["layers"].items():
         _put_codes(weights[name], layer, tensors, placeholders)
+    buffers = dict(model.named_buffers())
     for name in manifest["computed_buffers"]:
+        if name not in buffers:
+            raise ValueError(f"model: the export has a buffer {name!r}, the given {type(model).__name__} does not")
         owner, _, buffer = name.rpartition(".")
         setattr(model.get_submodule(owner), buffer, tensors.pop(name))
     for alias, name in manifest["tied"].items():

@@ -71,8 +71,7 @@ def _front_matter(file: Path) -> dict[str, Any]:
     try:
         with open(file, encoding="utf-8") as stream:
             text = stream.read(LONGEST)
-        _, head, _ = text.split("---\n", 2)
-        found = yaml.safe_load(head)
+        found = yaml.safe_load(text[4 : text.index("\n---", 3)]) if text.startswith("---\n") else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,6 +1,5 @@
 """A transformers model without its weights: parameters on the meta device, buffers computed as usual."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,13 @@ def build_transformers_model(folder: Path, class_name: str) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"path: the manifest names the class {class_name!r}, which this version of transformers does not have")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, json.JSONDecodeError) as error:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
         raise ValueError(f"path: cannot read a configuration from {str(folder)!r}: {error}") from error
+    if not isinstance(config, cls.config_class or object):
+        raise ValueError(
+            f"path: the manifest in {str(folder)!r} names the class {class_name!r}, its configuration is a {type(config).__name__}"
+        )
     with parameters_on_meta():
         model = cls(config)
     if model.can_generate() and (folder / "generation_config.json").is_file():

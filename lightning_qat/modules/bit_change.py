@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_qat.modules.insertion import SCHEME_ATTRIBUTE, scheme_of, share_inputs
 from lightning_qat.modules.kv import KVQuantizer, kv_of
-from lightning_qat.modules.layer import QuantLayer
+from lightning_qat.modules.layer import QuantLayer, named_quantizers
 from lightning_qat.modules.matching import Matcher
 from lightning_qat.quantizers import Quantizer, build_quantizer
 from lightning_qat.scheme import QuantScheme, differences
@@ -26,12 +26,15 @@ def change_bits(model: nn.Module, scheme: QuantScheme) -> None:
         scheme: Differs from the model's scheme in nothing but bits, and the quantizers that they need.
 
     Raises:
-        ValueError: The model is not quantized, or the schemes differ in more than that (:func:`check_bit_change`).
+        ValueError: The model is not quantized, keeps the scales of an export, or the schemes differ in more than that
+            (:func:`check_bit_change`).
     """
     present = scheme_of(model)
     if present is None:
         raise ValueError("change_bits: the model holds no quantizers; call insert_quantizers(model, scheme) first")
     check_bit_change(present, scheme)
+    if scheme != present and (kept := [name for name, quantizer in named_quantizers(model) if quantizer.kept_scale is not None]):
+        raise ValueError(f"change_bits: {kept[0]} keeps the scales of an export, which belong to its bits; load it with scales='found'")
     matcher = Matcher(model, scheme)
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):

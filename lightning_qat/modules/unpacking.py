@@ -7,13 +7,13 @@ end of its grid: with percentiles, searched ranges, asymmetric grids, `half_rang
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_qat.modules.packed import PackedWeight, packed_weights
 from lightning_qat.modules.weights import LayerWeight, layer_weights
 from lightning_qat.numerics.grid import QuantizedTensor
-from lightning_qat.quantizers import build_quantizer
+from lightning_qat.quantizers import Quantizer, build_quantizer
 
 Scales = Literal["kept", "found"]
 
@@ -56,15 +56,34 @@ def _unpack(
     weight: LayerWeight, packed: PackedWeight, quantized: QuantizedTensor, parameters: dict[nn.Parameter, nn.Parameter], scales: Scales
 ) -> None:
     layer, placeholder = weight.layer, getattr(weight.layer, weight.parameter)
-    if placeholder not in parameters:
-        values = layer.from_matrix(quantized.dequantize()).to(placeholder.dtype)
-        parameters[placeholder] = nn.Parameter(values.contiguous())
-    quantizer = build_quantizer(packed.spec)
+    quantizer, matrix = build_quantizer(packed.spec), quantized.dequantize().to(placeholder.dtype)
     if scales == "kept":
         quantizer.keep_scale(quantized.scale, quantized.zero_point)
+        matrix = values_of(quantized.codes, matrix, quantizer)
+    if placeholder not in parameters:
+        parameters[placeholder] = nn.Parameter(layer.from_matrix(matrix).contiguous())
     setattr(layer, f"{weight.parameter}_quantizer", quantizer)
     setattr(layer, weight.parameter, parameters[placeholder])
     layer.kept_weight = None
+
+
+def values_of(codes: Tensor, values: Tensor, quantizer: Quantizer) -> Tensor:
+    """Values whose codes are the given ones.
+
+    In bfloat16 a value of more than 7 bits may be rounded over the border to the next code; then a neighbour of it has the right one.
+
+    Args:
+        codes: Shape of `values`.
+        values: What the codes stand for, rounded to the dtype that is wanted.
+        quantizer: With the scales of the codes.
+    """
+    for end in (torch.inf, -torch.inf):
+        wrong = quantizer.codes(values).codes != codes
+        if not bool(wrong.any()):
+            return values
+        neighbour = torch.nextafter(values, torch.full_like(values, end))
+        values = torch.where(wrong & (quantizer.codes(neighbour).codes == codes), neighbour, values)
+    return values
 
 
 def _check_codes(model: nn.Module, stored: dict[str, QuantizedTensor]) -> None:

@@ -189,7 +189,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def _finds_on_the_way(self) -> bool:
-        return self.running is None and self.how.ste != "mask" and not self.learns
+        return self.running is None and self.kept_scale is None and self.how.ste != "mask" and not self.learns
 
     def codes(self, x: Tensor) -> QuantizedTensor:
         """The integer codes of which :meth:`forward` returns the values.

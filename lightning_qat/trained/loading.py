@@ -131,7 +131,7 @@ def _scheme_in(saved: Mapping[str, Any], place: str) -> QuantScheme:
             "save_weights_only=True. Where you know the scheme: insert_quantizers(model, scheme), then model.load_state_dict(...)"
         )
     if (unfinished := unfinished_schedule(saved, present=())) is not None:
-        raise ValueError(f"{unfinished}; take a checkpoint from after that step")
+        raise ValueError(f"{unfinished[0]}; take a checkpoint from after that step")
     return QuantScheme.parse(state["scheme"])
 
 

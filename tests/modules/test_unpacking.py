@@ -3,14 +3,17 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from grids import DTYPES, FAMILIES, GRANULARITIES, specs_of, thousand_seeds
 from models import cnn, gpt2, llama, logits_of, mixtral, mlp, qwen3, tied_llama
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_qat import DistillationModule, QuantizationCallback, QuantScheme, TensorSpec, export, insert_quantizers, load_quantized
-from lightning_qat.modules.unpacking import make_trainable
+from lightning_qat.modules.bit_change import change_bits
+from lightning_qat.modules.unpacking import make_trainable, values_of
 from lightning_qat.modules.weights import layer_weights
+from lightning_qat.quantizers import build_quantizer
 from lightning_qat.scheme import Override
 
 pytestmark = pytest.mark.filterwarnings("ignore:export. no tokenizer")
@@ -135,6 +138,24 @@ def test_half_precision_keeps_the_codes_too(tmp_path):
     assert torch.equal(logits_of(model), logits_of(trained))
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("channel", "tensor")]
+
+
+@pytest.mark.parametrize("granularity", ["group", *SLOW])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_thousand_seeds_on_every_grid_keep_their_codes_and_values(family, granularity):
+    for spec in specs_of(family, **GRANULARITIES[granularity]):
+        for dtype in DTYPES:
+            first = build_quantizer(spec).codes(thousand_seeds().flatten(0, 1).to(dtype))
+            quantizer = build_quantizer(spec)
+            quantizer.keep_scale(first.scale, first.zero_point)
+            weight = values_of(first.codes, first.dequantize(), quantizer)
+            again = quantizer.codes(weight)
+            assert torch.equal(again.codes, first.codes), (spec, dtype)
+            assert torch.equal(again.scale, first.scale)
+            assert torch.equal(quantizer(weight), first.dequantize())
+
+
 # ---------------------------------------------------------------- quantizers that keep their scale
 
 
@@ -158,6 +179,13 @@ def test_a_state_dict_brings_kept_scales_to_a_model_that_finds_its_own(tmp_path)
     assert all(same(parts, stored(fresh)[name]) for name, parts in stored(model).items())
     with pytest.raises(RuntimeError, match="kept_scale"):  # and not silently lost the other way
         model.load_state_dict(trained.state_dict())
+
+
+def test_scales_that_are_kept_have_no_other_bits(tmp_path):
+    folder = export(quantized(mlp, "w4"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"0.weight_quantizer keeps the scales of an export.*load it with scales='found'"):
+        change_bits(load_quantized(folder, model=mlp(), trainable=True), QuantScheme.parse("w3"))
+    change_bits(load_quantized(folder, model=mlp(), trainable=True, scales="found"), QuantScheme.parse("w3"))
 
 
 def test_mistakes_are_named(tmp_path):

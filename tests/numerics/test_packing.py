@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +31,27 @@ def test_every_code_of_every_width(bits: int) -> None:
     for qmin, dtype in ((0, torch.uint8), (-(2 ** (bits - 1)), torch.int8)):
         codes = torch.arange(qmin, qmin + 2**bits).to(dtype).unsqueeze(0)
         assert torch.equal(unpack(pack(codes, bits, qmin), bits, qmin, 2**bits), codes.to(torch.int16))
+
+
+SEEDS = 1000
+
+
+def numpy_pack(codes: np.ndarray, bits: int, qmin: int) -> np.ndarray:
+    """The same layout by numpy's own bit packing."""
+    digits = np.unpackbits((codes - qmin).astype(np.uint8)[..., None], axis=-1, count=bits, bitorder="little")
+    return np.packbits(digits.reshape(len(codes), -1), axis=-1, bitorder="little")
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_thousand_random_matrices_of_odd_shapes(bits: int) -> None:
+    for seed in range(SEEDS):
+        draw = np.random.default_rng(seed)
+        rows, columns = 2 * draw.integers(0, 5) + 1, 2 * draw.integers(0, 35) + 1
+        qmin = -int(draw.integers(0, 2**bits))
+        codes = draw.integers(qmin, qmin + 2**bits, (rows, columns))
+        packed = pack(torch.from_numpy(codes), bits, qmin)
+        assert np.array_equal(packed.numpy(), numpy_pack(codes, bits, qmin)), seed
+        assert np.array_equal(unpack(packed, bits, qmin, columns).numpy(), codes), seed
 
 
 def test_bytes_computed_by_hand() -> None:

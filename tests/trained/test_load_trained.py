@@ -8,7 +8,7 @@ from gloo import run_ranks
 from learned import LearnedGain
 from models import mlp, tied_llama
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_qat import (
@@ -29,13 +29,14 @@ from lightning_qat.quantizers import quantizers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+FAST = {"dtype": None, "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.03)}  # codes move in three steps
 STATIC = QuantScheme(weight=TensorSpec(bits=4), input=TensorSpec(bits=8, granularity="tensor", dynamic=False))
 
 
 class Own(pl.LightningModule):
     """A user's module; `width` is a hyper-parameter."""
 
-    def __init__(self, width=32, root=None):
+    def __init__(self, width=32, root=None, half=False):
         super().__init__()
         self.save_hyperparameters()
         if root is not None:
@@ -47,7 +48,8 @@ class Own(pl.LightningModule):
         if hasattr(self, "after_build"):
             self.after_build()
         if self.device_mesh is not None:
-            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if self.hparams.half else None)
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
 
     def training_step(self, batch, batch_idx):
         return (self.net(batch) - 1).square().mean()
@@ -123,7 +125,7 @@ def test_learned_scales_come_back(learned, tmp_path):
 
 def test_the_student_of_a_file_is_returned(tmp_path):
     tied_llama().save_pretrained(tmp_path / "teacher")
-    made = module(dtype=None, teacher=str(tmp_path / "teacher"), lora={"rank": 2})
+    made = module(**FAST, teacher=str(tmp_path / "teacher"), lora={"rank": 2})
     run = trainer("auto", 1, max_steps=3)
     run.fit(made, loader(1))
     run.save_checkpoint(tmp_path / "last.ckpt")
@@ -137,7 +139,7 @@ def test_the_student_of_a_file_is_returned(tmp_path):
 
 
 def sharded(path, teacher, dtype):
-    made = module(dtype=None, teacher=teacher, param_dtype=dtype)
+    made = module(**FAST, teacher=teacher, param_dtype=dtype)
     run = trainer("fsdp2", 2, max_steps=3)
     run.fit(made, loader(2))
     run.save_checkpoint(path)
@@ -153,10 +155,12 @@ def test_a_folder_of_two_processes_is_read_without_another_command(dtype, tmp_pa
     assert set(weight_dtypes(student).values()) == ({dtype} if dtype else set())
     assert student.lm_head.weight is student.model.embed_tokens.weight
     assert different(exported(student, tmp_path / "out"), trained) == 0
+    insert_quantizers(untrained := tied_llama(), "w4a8kv4")
+    assert different(codes(untrained), trained) > 0
 
 
 def sharded_again(path, folder):
-    made = module(dtype=None, student=load_quantized(folder, trainable=True))
+    made = module(**FAST, student=load_quantized(folder, trainable=True))
     run = trainer("fsdp2", 2, max_steps=3, scheme="w3g8")
     run.fit(made, loader(2))
     run.save_checkpoint(path)
@@ -173,17 +177,19 @@ def test_scales_that_are_kept_come_back_from_a_folder(tmp_path):
     assert all(torch.equal(weight.quantizer.kept_scale, scale) for weight, scale in zip(layer_weights(student), scales, strict=True))
 
 
-def own_and_sharded(path):
-    made = Own()
+def own_and_sharded(path, half):
+    made = Own(half=half)
     run = trainer("fsdp2", 2, max_steps=3, scheme=STATIC)
     run.fit(made, DataLoader(next(iter(batches())), batch_size=2))
     run.save_checkpoint(path)
     return codes(made), [buffer.clone() for name, buffer in made.named_buffers() if name.endswith(("low", "high"))]
 
 
-def test_a_sharded_module_of_ones_own_keeps_its_ranges(tmp_path):
-    (trained, ranges), _ = run_ranks(own_and_sharded, tmp_path / "last.ckpt")
-    loaded = load_trained(tmp_path / "last.ckpt", model=Own())
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "gathered in bfloat16"])
+def test_a_sharded_module_of_ones_own_keeps_its_ranges(half, tmp_path):
+    (trained, ranges), _ = run_ranks(own_and_sharded, tmp_path / "last.ckpt", half)
+    loaded = load_trained(tmp_path / "last.ckpt", model=Own)
+    assert set(weight_dtypes(loaded).values()) == ({"bfloat16"} if half else set())
     assert different(exported(loaded, tmp_path / "out", Own()), trained) == 0
     found = [buffer for name, buffer in loaded.named_buffers() if name.endswith((".low", ".high"))]
     assert found
@@ -219,7 +225,7 @@ class Needs(pl.LightningModule):
         (Own(), r"quantization_root: .*below 'net'.*names None; set its quantization_root to 'net'"),
         (Own(width=8, root="net"), r"model: the weights in .* do not fit: .*size mismatch"),
         (Other(), r"missing in the checkpoint: \['extra.weight', 'extra.bias'\], unknown to the module: \[\]"),
-        (Needs, r"a Needs cannot be built from the hyper-parameters .*\['root', 'width'\].*'net'; pass an instance in Python"),
+        (Needs, r"a Needs cannot be built from the hyper-parameters .*\['half', 'root', 'width'\].*'net'; pass an instance in Python"),
     ],
     ids=["none", "not lightning", "another root", "shapes", "keys", "arguments"],
 )

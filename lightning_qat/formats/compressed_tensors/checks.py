@@ -1,4 +1,4 @@
-"""What compressed-tensors cannot express although every grid fits: kinds of layers, tied weights, shapes of inputs, positions of k and v."""
+"""What compressed-tensors cannot express although every grid fits: kinds of layers, tied weights, shapes of inputs, places of k and v."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from lightning_qat.formats.base import Job
 from lightning_qat.formats.compressed_tensors.layout import input_specs, quantized_kv
 from lightning_qat.formats.executed import outputs_of
 from lightning_qat.modules.kv import is_attention
-from lightning_qat.modules.layer import QuantLayer, quant_layers
+from lightning_qat.modules.layer import quant_layers
 from lightning_qat.modules.weights import layer_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,8 +27,8 @@ def check_layers(job: Job, name: str) -> None:
         quantized = any(getattr(layer, f"{weight}_quantizer") is not None for weight in layer.weight_names) or place in input_specs(job)
         if quantized and layer.float_type not in (nn.Linear, nn.Embedding):
             raise ValueError(
-                f"format {name!r} cannot express {place}: it is a {layer.float_type.__name__}, and compressed-tensors stores layers of type "
-                "Linear and Embedding only; leave it out of the scheme (exclude), or use format='native'"
+                f"format {name!r} cannot express {place}: it is a {layer.float_type.__name__}, and compressed-tensors stores layers of "
+                "type Linear and Embedding only; leave it out of the scheme (exclude), or use format='native'"
             )
     owners: dict[int, list[str]] = {}
     for place, module in job.model.named_modules():
@@ -68,13 +68,13 @@ def check_tokens(job: Job, name: str) -> None:
     if not places:
         return
     if job.example is None:
-        raise ValueError(f"example_inputs: format {name!r} has to see which shapes the quantized inputs have; pass some inputs of the model")
+        raise ValueError(f"example_inputs: format {name!r} has to see which shapes quantized inputs have; pass some inputs of the model")
     with _axes_seen(job.model, places) as axes:
         outputs_of(job.model, job.example)
     if wrong := [place for place in places if axes.get(place, {3}) != {3}]:
         raise ValueError(
-            f"format {name!r} cannot express the input of {wrong[0]}: it has {sorted(axes[wrong[0]])} axes, and the library quantizes per "
-            "token only where inputs are [batch, tokens, features]; take its input out of the scheme (overrides), or use granularity='group'"
+            f"format {name!r} cannot express the input of {wrong[0]}: it has {sorted(axes[wrong[0]])} axes, and the library quantizes "
+            "per token only where inputs are [batch, tokens, features]; take it out of the scheme (overrides), or use granularity='group'"
         )
 
 
@@ -84,7 +84,7 @@ def _axes_seen(model: nn.Module, places: list[str]) -> Iterator[dict[str, set[in
     axes: dict[str, set[int]] = {}
 
     def note(place: str) -> Any:
-        return lambda module, args: axes.setdefault(place, set()).add(args[0].dim())
+        return lambda module, args: axes.setdefault(place, set()).update(input.dim() for input in args[:1])
 
     handles = [model.get_submodule(place).register_forward_pre_hook(note(place)) for place in places]
     try:
@@ -105,8 +105,8 @@ def check_kv(job: Job, name: str) -> None:
         module = job.model.get_submodule(place)
         if hasattr(module, "k_norm") or not all(isinstance(getattr(module, key), nn.Linear) for key in ("k_proj", "v_proj")):
             raise ValueError(
-                f"format {name!r} cannot express kv.position='pre_rope' of {place}: the library quantizes what k_proj and v_proj return, and "
-                f"keys of {type(module).__name__} pass through another layer after that; {ways}"
+                f"format {name!r} cannot express kv.position='pre_rope' of {place}: the library quantizes what k_proj and v_proj return, "
+                f"and keys of {type(module).__name__} pass through another layer after that; {ways}"
             )
     cached = quantized_kv(job, "post_rope")
     if not cached:
@@ -117,13 +117,13 @@ def check_kv(job: Job, name: str) -> None:
     there = {place: is_cached_attention_module(module) for place, module in job.model.named_modules() if is_attention(module)}
     if unknown := sorted(quantized - {place for place, known in there.items() if known}):
         raise ValueError(f"format {name!r} cannot express the kv of {unknown[0]}: the library does not know its attention; {ways}")
+    if not hasattr(job.model.config.get_text_config(decoder=True), "num_key_value_heads"):  # type: ignore[union-attr, operator]
+        raise ValueError(
+            f"format {name!r} cannot express the kv of {type(job.model).__name__}: the library needs a config with num_key_value_heads; "
+            f"{ways}"
+        )
     if len({(spec, head_dim) for _, spec, head_dim in cached}) > 1 or quantized != {place for place, known in there.items() if known}:
         raise ValueError(
-            f"format {name!r} cannot express kv.position='post_rope' that is not the same in every attention module; leave out the overrides "
+            f"format {name!r} cannot express kv.position='post_rope' that is not the same in every attention module; leave out overrides "
             f"of kv, {ways}"
         )
-
-
-def is_linear(layer: QuantLayer) -> bool:
-    """Whether a quantized layer is a plain linear layer."""
-    return layer.float_type is nn.Linear

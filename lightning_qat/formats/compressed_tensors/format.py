@@ -48,7 +48,13 @@ EXECUTES = runtimes.add(
     "compressed-tensors",
     Runtime(
         weight=(
-            rule(bits=(*BITS, 1), granularity=("channel", "group", "tensor"), zero_point=("integer",), axis=(None, 0), scale_dtype=HALF_SCALES),
+            rule(
+                bits=(*BITS, 1),
+                granularity=("channel", "group", "tensor"),
+                zero_point=("integer",),
+                axis=(None, 0),
+                scale_dtype=HALF_SCALES,
+            ),
         ),
         input=(
             rule(bits=BITS, granularity=("token", "group", "tensor"), dynamic=(True,), **DYNAMIC),
@@ -65,8 +71,9 @@ EXECUTES = runtimes.add(
         ),
     ),
 )
-PRESETS.add("ct-w4a8", QuantScheme.parse("w4a8", target="compressed-tensors"))
-PRESETS.add("ct-w8a8", QuantScheme.parse("w8a8", target="compressed-tensors"))
+INPUT = TensorSpec(bits=8, granularity="token", code_range="full", divisor="half_range", arithmetic="input")
+PRESETS.add("ct-w4a8", QuantScheme(weight=TensorSpec(bits=4, scale_dtype="bfloat16"), input=INPUT))
+PRESETS.add("ct-w8a8", QuantScheme(weight=TensorSpec(bits=8, scale_dtype="bfloat16"), input=INPUT))
 
 
 @formats.register("compressed-tensors")
@@ -81,6 +88,10 @@ class CompressedTensorsFormat(Format):
 
     def scale_dtype(self, model: nn.Module) -> torch.dtype:
         """That of the model: transformers casts scales to it."""
+        return model_dtype(model)
+
+    def input_scale_dtype(self, model: nn.Module) -> torch.dtype:
+        """What static scales of inputs are stored in; that of the model as well."""
         return model_dtype(model)
 
     def check(self, job: Job) -> None:
@@ -124,7 +135,7 @@ class CompressedTensorsFormat(Format):
         if input is not None:
             group["input_activations"] = input_entry(input)
             if not input.dynamic:
-                tensors[f"{name}.input_scale"] = input_scale(layer).to(model_dtype(job.model))
+                tensors[f"{name}.input_scale"] = input_scale(layer).to(self.input_scale_dtype(job.model))
         if output is not None:
             group["output_activations"] = output
         return StoredLayer(name=name, group=group | {"format": storage}, tensors=tensors)
@@ -133,7 +144,8 @@ class CompressedTensorsFormat(Format):
         """Loaded by transformers: no name missing or left over, codes and scales bitwise, outputs bitwise."""
         loaded = reading.load_as_written(job, folder)
         counted = compare_weights(job, lambda weight: reading.read_weight(loaded, weight))
-        return counted | self.compare(job, loaded)
+        static = reading.compare_input_scales(job, loaded)
+        return {**counted, "input_scales": static, **self.compare(job, loaded)}
 
     def compare(self, job: Job, loaded: Any) -> dict[str, Any]:
         """The outputs of the loaded model with those of the trained one."""
@@ -149,6 +161,6 @@ class CompressedTensorsFormat(Format):
         return loaded.eval()
 
     def usage(self, job: Job) -> str:
-        """transformers loads the folder by itself."""
+        """Nothing but transformers is needed."""
         name = type(job.model).__name__
         return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("folder")'

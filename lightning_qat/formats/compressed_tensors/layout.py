@@ -74,7 +74,7 @@ def input_scale(layer: QuantLayer) -> Tensor:
 
 def output_entries(job: Job) -> dict[str, dict[str, Any]]:
     """Descriptions of what projections return, by name of the projection: keys and values that are quantized before RoPE."""
-    entries = {}
+    entries: dict[str, dict[str, Any]] = {}
     for name, spec, head_dim in quantized_kv(job, "pre_rope"):
         by_head = spec.granularity == "token_head"
         entry = integers(spec.tensor.code_bits, "group" if by_head else "token", dynamic=True, group_size=head_dim if by_head else None)
@@ -94,9 +94,7 @@ def quantized_kv(job: Job, position: str) -> list[tuple[str, KVSpec, int]]:
     if "kv" in job.fit.dropped:
         return []
     modules = ((name, module, kv_of(module)) for name, module in job.model.named_modules())
-    return [
-        (name, spec, module.key_quantizer.head_dim) for name, module, spec in modules if spec is not None and spec.position == position
-    ]
+    return [(name, spec, module.key_quantizer.head_dim) for name, module, spec in modules if spec is not None and spec.position == position]
 
 
 def input_specs(job: Job) -> dict[str, TensorSpec]:

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_qat.formats.base import Job
 from lightning_qat.formats.codes import IntegerWeight
 from lightning_qat.formats.company import model_dtype
+from lightning_qat.formats.compressed_tensors.layout import input_scale, input_specs
 from lightning_qat.formats.verification import Stored
 
 
@@ -48,3 +49,14 @@ def read_weight(loaded: nn.Module, weight: IntegerWeight) -> Stored:
         scale=layer.weight_scale.detach().float().cpu(),
         zero_point=None if zero_point is None else zero_point.detach().cpu(),
     )
+
+
+def compare_input_scales(job: Job, loaded: nn.Module) -> int:
+    """Count the static scales of inputs; a RuntimeError where one is not that of training in the dtype of the model."""
+    places = [place for place, spec in input_specs(job).items() if not spec.dynamic]
+    for place in places:
+        layer: Any = job.model.get_submodule(place)
+        theirs: Any = loaded.get_submodule(place)
+        if not torch.equal(theirs.input_scale.detach().cpu(), input_scale(layer).to(model_dtype(job.model))):
+            raise RuntimeError(f"export: {place}: the scale of its input reads back differently than it was written")
+    return len(places)

@@ -113,13 +113,14 @@ def tensor_names(model: Any, family: Family) -> Callable[[str], str]:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of everything in the state dict, a tied head left out where it has the quantizer of the embedding or none."""
+    """(name, tensor) of every parameter and buffer, quantizers left out, and a tied head where it is quantized as the embedding is."""
     state = model.state_dict()
     tied = model.config.tie_word_embeddings  # type: ignore[union-attr]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     specs = [getattr(getattr(layer, "weight_quantizer", None), "spec", None) for layer in (embedding, head)]
     for name, tensor in state.items():
-        if not (tied and name == "lm_head.weight" and specs[0] == specs[1]):
+        is_copy = tied and name == "lm_head.weight" and specs[0] == specs[1]
+        if "_quantizer." not in name and not is_copy:
             yield name, tensor
 
 

@@ -3,11 +3,11 @@
 A row is cut into blocks of 32 or 256 columns. A block holds codes, an fp16 scale `d`, and for some types what is subtracted:
 
     centred    Q8_0 Q4_0 Q5_0 Q3_K Q6_K TQ1_0 TQ2_0    d * code
-    lowered    Q2_K Q4_K                               d * steps * code - minimum * count
+    lowered    Q2_K Q4_K                               d * steps * code - minimum * minima
     shifted    Q4_1                                    d * code - minimum                      (the file holds -minimum)
 
 The K types give sub-blocks of 16 or 32 columns small integer multiples of `d`. Here all sub-blocks of a block have the same one (`steps`,
-`count`), so that a block is one group of the trained grid and nothing is quantized twice.
+`minima`), so that a block is one group of the trained grid and nothing is quantized twice.
 
 Layouts: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h and the dequantize functions beside it.
 """
@@ -30,14 +30,14 @@ class Blocks(NamedTuple):
         codes: int16 [blocks, size].
         scale: fp16 [blocks].
         minimum: fp16 [blocks], or None for centred types.
-        count: uint8 [blocks]: how many minima are subtracted, or None for centred types.
+        minima: uint8 [blocks]: how many minima are subtracted, or None for centred types.
         steps: How many scales lie between two codes.
     """
 
     codes: Codes
     scale: NDArray[np.float16]
     minimum: NDArray[np.float16] | None = None
-    count: Bytes | None = None
+    minima: Bytes | None = None
     steps: int = 1
 
 
@@ -150,25 +150,27 @@ class BlockType:
             ValueError: Sub-blocks of one block have different multiples of its scale, which this library never writes.
         """
         parts = [plane.unpack(packed[:, plane.first : plane.first + self._bytes(plane)]) for plane in self.planes]
-        codes = np.concatenate(parts, 1) if self.planes[0].digits else sum(parts)
+        codes = np.concatenate(parts, 1) if self.planes[0].digits else np.add.reduce(parts)
         if self.name == "Q8_0":
             codes = codes ^ 0x80
         minimum = None if self.minimum is None else _half(packed, self.minimum)
         blocks = Blocks(np.asarray(codes + self.low, np.int16), _half(packed, self.scale), minimum)
         if self.form == "shifted" and minimum is not None:
-            return blocks._replace(minimum=-minimum, count=np.ones(len(packed), np.uint8))
+            return blocks._replace(minimum=-minimum, minima=np.ones(len(packed), np.uint8))
         return blocks if self.multiples is None else self._with_multiples(blocks, packed[:, slice(*self.multiples)])
 
     def _with_multiples(self, blocks: Blocks, written: Bytes) -> Blocks:
+        steps: Any
+        minima: Any
         if self.name == "Q2_K":
-            steps, count = written[:, 0] & 15, written[:, 0] >> 4
+            steps, minima = written[:, 0] & 15, written[:, 0] >> 4
         elif self.name == "Q4_K":
             steps = (written[:, 8] & 15) | (written[:, 0] >> 6 << 4)
-            count = (written[:, 8] >> 4) | (written[:, 4] >> 6 << 4)
+            minima = (written[:, 8] >> 4) | (written[:, 4] >> 6 << 4)
         else:
-            steps, count = np.ones(len(written), np.uint8), None
+            steps, minima = np.ones(len(written), np.uint8), None
         step = int(steps[0]) if len(steps) else 1
-        read = blocks._replace(steps=step, count=count)
+        read = blocks._replace(steps=step, minima=minima)
         if (steps != step).any() or (_MULTIPLES[self.name](read) != written).any():
             raise ValueError(f"{self.name}: sub-blocks of one block have different scales")
         return read
@@ -193,9 +195,9 @@ def _half(packed: Bytes, first: int) -> NDArray[np.float16]:
 
 
 def _of_q2_k(blocks: Blocks) -> Any:
-    """A byte for each of 16 sub-blocks: low nibble steps, high nibble count."""
-    assert blocks.count is not None
-    return ((blocks.count << 4) | blocks.steps)[:, None]
+    """A byte for each of 16 sub-blocks: low nibble steps, high nibble minima."""
+    assert blocks.minima is not None
+    return ((blocks.minima << 4) | blocks.steps)[:, None]
 
 
 def _of_q3_k(blocks: Blocks) -> Any:
@@ -204,10 +206,10 @@ def _of_q3_k(blocks: Blocks) -> Any:
 
 
 def _of_q4_k(blocks: Blocks) -> Any:
-    """Six bits of steps and six of count for each of 8 sub-blocks: the first four whole, of the others the upper two bits elsewhere."""
-    assert blocks.count is not None
-    count, steps = blocks.count, np.full_like(blocks.count, blocks.steps)
-    four = [(part & 63) | (part >> 4 << 6) for part in (steps, count)] + [(steps & 15) | ((count & 15) << 4)]
+    """Six bits of steps and six of minima for each of 8 sub-blocks: the first four whole, of the others the upper two bits elsewhere."""
+    assert blocks.minima is not None
+    minima, steps = blocks.minima, np.full_like(blocks.minima, blocks.steps)
+    four = [(part & 63) | (part >> 4 << 6) for part in (steps, minima)] + [(steps & 15) | ((minima & 15) << 4)]
     return np.repeat(np.stack(four, 1), 4, 1)
 
 

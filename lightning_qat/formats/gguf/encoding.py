@@ -81,18 +81,19 @@ def encode(weight: IntegerWeight, kind: BlockType) -> Bytes:
         blocks = Blocks((codes - _zero(weight)).reshape(-1, kind.size), spread(scale))
     else:
         low, steps = _lowest(weight)
-        minimum, count = scale, np.broadcast_to(np.uint8(-low), scale.shape)
+        minimum, minima = scale, np.broadcast_to(np.uint8(-low), scale.shape)
         if weight.has_float_zero and weight.zero_point is not None:
-            minimum, count = -weight.zero_point.numpy().astype(np.float16), np.ones(scale.shape, np.uint8)
+            minimum, minima = -weight.zero_point.numpy().astype(np.float16), np.ones(scale.shape, np.uint8)
         elif weight.zero_point is not None:
-            count = (weight.zero_point.numpy().astype(np.int16) - low).astype(np.uint8)
-        blocks = Blocks(((codes - low) // steps).reshape(-1, kind.size), spread(scale), spread(minimum), spread(count), steps)
+            minima = (weight.zero_point.numpy().astype(np.int16) - low).astype(np.uint8)
+        blocks = Blocks(((codes - low) // steps).reshape(-1, kind.size), spread(scale), spread(minimum), spread(minima), steps)
     return kind.pack(blocks).reshape(rows, -1)
 
 
 def decode(packed: Bytes, weight: IntegerWeight, kind: BlockType) -> Stored:
-    """What bytes hold, in the terms of a weight. Of the weight only the spec is used, and integer zero points where the file holds
-    ``code - zero_point`` and nothing else.
+    """What bytes hold, in the terms of a weight.
+
+    Of the weight only the spec is used, and integer zero points where the file holds ``code - zero_point`` and nothing else.
 
     Raises:
         RuntimeError: Blocks of one group have different scales or zero points.
@@ -107,15 +108,15 @@ def decode(packed: Bytes, weight: IntegerWeight, kind: BlockType) -> Stored:
         return torch.from_numpy(grouped[..., 0].astype(np.float32))
 
     scale, codes = by_group(blocks.scale), torch.from_numpy(blocks.codes.reshape(rows, columns))
-    if kind.form == "centred" or blocks.minimum is None or blocks.count is None:
+    if kind.form == "centred" or blocks.minimum is None or blocks.minima is None:
         return Stored(codes + torch.from_numpy(_zero(weight)), scale, weight.zero_point)
     low, steps = _lowest(weight)
-    minimum, count = by_group(blocks.minimum), by_group(blocks.count)
+    minimum, minima = by_group(blocks.minimum), by_group(blocks.minima)
     if weight.has_float_zero:
-        zero_point: Tensor | None = -minimum * count
+        zero_point: Tensor | None = -minimum * minima
     else:
-        zero_point = None if weight.zero_point is None else count + low
-        same = torch.equal(minimum, scale) and (weight.zero_point is not None or bool((count == -low).all()))
+        zero_point = None if weight.zero_point is None else minima + low
+        same = torch.equal(minimum, scale) and (weight.zero_point is not None or bool((minima == -low).all()))
         if not same:
             raise RuntimeError(f"export: {weight.name}: minima read back differently than they were written")
     return Stored(codes * steps + low, scale * blocks.steps / steps, zero_point)

@@ -7,7 +7,6 @@ rules is refused: it would encode text differently. Every export is read back wi
 import json
 from typing import Any
 
-
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 PRE_TOKENIZERS = ("llama-bpe", "qwen2", "tekken", "gpt-4o")
 PROBES = (
@@ -59,8 +58,8 @@ def _pre_tokenizer(described: dict[str, Any] | None) -> str:
             if (name := rules.get((steps[0].get("pattern") or {}).get("Regex", ""))) is not None:
                 return name
     raise ValueError(
-        f"tokenizer: cuts text into words by {json.dumps(described)[:200]}, which has no name in GGUF; known are byte-level tokenizers with "
-        f"the rules {('gpt-2', *PRE_TOKENIZERS)}"
+        f"tokenizer: cuts text into words by {json.dumps(described)[:200]}, which has no name in GGUF; known are byte-level "
+        f"tokenizers with the rules {('gpt-2', *PRE_TOKENIZERS)}"
     )
 
 

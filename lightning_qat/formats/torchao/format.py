@@ -18,6 +18,7 @@ from lightning_qat.formats.torchao.files import fill, load_tensors, other_tensor
 from lightning_qat.formats.torchao.tensors import quantized_tensors, quantizes_input, transformers_config
 from lightning_qat.formats.verification import Stored, compare_outputs, compare_weights
 from lightning_qat.modules import remove_quantizers, scheme_of
+from lightning_qat.modules.packed import PackedWeight
 from lightning_qat.modules.weights import LayerWeight, layer_weights
 from lightning_qat.runtime import Runtime, rule, runtimes
 from lightning_qat.scheme import PRESETS, QuantScheme
@@ -26,7 +27,7 @@ from lightning_qat.specs import TensorSpec
 EXECUTES = runtimes.add(
     "torchao",
     Runtime(
-        weight=(rule(granularity=("channel", "group", "tensor"), zero_point=("integer",), axis=(None, 0)),),
+        weight=(rule(granularity=("channel", "group", "tensor"), zero_point=("integer",), axis=(None, 0), scale_dtype=("bfloat16",)),),
         input=(
             rule(
                 bits=(8,),
@@ -70,6 +71,10 @@ class TorchaoFormat(Format):
         kind = type(job.model).__name__
         return f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("folder")  # pip install torchao'
 
+    def scale_dtype(self, model: nn.Module) -> torch.dtype:
+        """Moving a tensor of torchao (``.to("cuda")``, even ``.to("cpu")``) casts its scales to the dtype of its values."""
+        return model_dtype(model)
+
     def check(self, job: Job) -> None:
         """Layers without a torchao kernel, inputs without quantized weights, and dtypes."""
         for weight in layer_weights(job.model):
@@ -94,6 +99,7 @@ class TorchaoFormat(Format):
         """Codes, then outputs, of what `from_pretrained`, or torchao's reader, makes of the folder."""
         manifest = {"model": model_kind(job.model), "tied": tied_names(job.model)}
         loaded = self.load(folder, manifest, None if isinstance(job.model, PreTrainedModel) else _plain_copy(job.model))
+        loaded.to(next(job.model.parameters()).device)  # as users do; and products of another device round otherwise
         compared = compare_weights(job, lambda weight: _stored(loaded, weight))
         return {**compared, **compare_outputs(job, lambda **example: outputs_of(loaded, example))}
 
@@ -122,6 +128,8 @@ def _check_layer(weight: LayerWeight, with_input: bool) -> None:
             f"{weight.name}: its input is quantized and its weight is not, but torchao quantizes inputs of quantized weights only; train "
             "with a spec for its weight too, or export with drop=('input',)"
         )
+    if with_input and weight.shape[1] == 1:
+        raise ValueError(f"{weight.name}: torchao fails on quantized inputs of one feature; leave the layer out of the scheme")
     if "." not in weight.key:
         raise ValueError("model: a layer on its own has no name in a torchao file; put it into a module, such as nn.Sequential(layer)")
     if (dtype := getattr(weight.layer, weight.parameter).dtype) not in DTYPES:
@@ -150,10 +158,13 @@ def _from_pretrained(folder: Path, kind: str) -> PreTrainedModel:
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
-    """The same module without quantizers; its weights are about to be replaced, packed ones too."""
+    """The same module without quantizers, to be filled: instead of packed codes it has weights without memory."""
     copied = copy.deepcopy(model)
     for weight in layer_weights(copied):
-        setattr(weight.layer, f"{weight.parameter}_quantizer", None)
+        if isinstance(weight.quantizer, PackedWeight):
+            empty = torch.empty(weight.shape, dtype=weight.quantizer.dtype, device="meta")
+            setattr(weight.layer, weight.parameter, nn.Parameter(empty, requires_grad=False))
+            setattr(weight.layer, f"{weight.parameter}_quantizer", None)
     remove_quantizers(copied)
     return copied
 
