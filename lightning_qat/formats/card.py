@@ -65,10 +65,8 @@ def write_card(job: Job, writer: Format, folder: Path, entries: dict[str, Any]) 
         "License": [_license(origin)],
         "Versions": _table(("library", "version"), versions(writer).items()),
     }
-    text = "\n\n".join(
-        f"{'#' if i == 0 else '##'} {title}\n\n" + "\n".join(body) for i, (title, body) in enumerate(sections.items()) if body
-    )
-    (folder / CARD).write_text(f"---\n{head}---\n\n{text}\n", encoding="utf-8", errors="replace")
+    text = "\n\n".join(f"## {title}\n\n" + "\n".join(body) for title, body in sections.items() if body)
+    (folder / CARD).write_text(f"---\n{head}---\n\n{text[1:]}\n", encoding="utf-8", errors="replace")
 
 
 def plain(text: object) -> str:
@@ -112,9 +110,9 @@ def _specs(job: Job) -> Iterator[tuple[str, str, str]]:
     places: dict[tuple[str, Any], list[str]] = {}
     for name, part, spec in quantized_places(job.model):
         places.setdefault((part, spec), []).append(name)
-    for (part, spec), names in places.items():
+    for (kind, spec), names in places.items():
         where = plain(names[0]) if len(names) == 1 else f"{len(names)} places, the first is {plain(names[0])}"
-        yield part, where, plain(_in_words(spec))
+        yield kind, where, plain(_in_words(spec))
 
 
 def _in_words(spec: Any) -> str:

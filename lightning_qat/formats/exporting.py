@@ -126,8 +126,8 @@ def quantized_part(model: nn.Module) -> nn.Module:
     sharded += [name for name, module in part.named_modules() if isinstance(module, FullyShardedDataParallel)]
     if sharded:
         raise ValueError(
-            f"export: {sharded[0]!r} is sharded over processes; save a checkpoint and export that: export(load_trained(checkpoint), path), or "
-            "lightning-qat export"
+            f"export: {sharded[0]!r} is sharded over processes; save a checkpoint and export that: "
+            "export(load_trained(checkpoint), path), or lightning-qat export"
         )
     if (adapted := next(adapted_layers(part), None)) is not None:
         check_adapters(part)

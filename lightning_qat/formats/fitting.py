@@ -75,7 +75,7 @@ def fit_model(model: nn.Module, runtime: Runtime, name: str, scale_dtype: torch.
     """
     check_drop(drop)
     misfits = {place: found for place in quantized_places(model) if place.part not in drop and (found := _misfits(model, runtime, place))}
-    hard = [place for place, found in misfits.items() if not inexact or any(misfit.field not in CONVENTIONS for misfit in found)]
+    hard = [place for place, found in misfits.items() if not inexact or not _are_conventions(place, found)]
     rounded = {weight.name: scale_dtype for weight in layer_weights(model) if not _fits(weight, scale_dtype)}
     if hard or (rounded and not inexact):
         raise ValueError(_refusal(runtime, name, {place: misfits[place] for place in hard}, rounded, inexact))
@@ -116,6 +116,11 @@ def _misfits(model: nn.Module, runtime: Runtime, place: Place) -> list[Misfit]:
     return misfits
 
 
+def _are_conventions(place: Place, misfits: list[Misfit]) -> bool:
+    """Whether the same model can be executed with other conventions; codes of weights are what they are."""
+    return place.part != "weight" and all(misfit.field in CONVENTIONS for misfit in misfits)
+
+
 def _fits(weight: LayerWeight, dtype: torch.dtype) -> bool:
     """Whether every scale of a weight is a number of `dtype`."""
     if weight.quantizer is None:
@@ -149,7 +154,7 @@ def _refusal(runtime: Runtime, name: str, hard: dict[Place, list[Misfit]], round
         dtype = _word(next(iter(rounded.values())))
         lines.append(f"weight.scale_dtype: this format stores scales as {dtype}, which would round them ({_count(list(rounded))})")
     drop = tuple(part for part in DROPPABLE if any(place.part == part for place in hard))
-    only_conventions = all(misfit.field in CONVENTIONS for found in hard.values() for misfit in found)
+    only_conventions = all(_are_conventions(place, found) for place, found in hard.items())
     ways = [f"train with QuantScheme.parse(scheme, target={name!r})"]
     ways += [f"export with drop={drop!r}"] if drop else []
     ways += ["export with inexact=True, which measures the difference"] if only_conventions and not inexact else []

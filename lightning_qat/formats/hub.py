@@ -43,6 +43,6 @@ def push(folder: Path, repository: str) -> None:
     except Exception as error:  # of the network, of the account, of the hub: the way out is the same
         again = shlex.join(["hf", "upload", "--private", repository, str(folder), "."])
         raise RuntimeError(
-            f"push_to_hub: the export in {str(folder)!r} is complete and verified, but its upload to {repository!r} failed: {error}; push it "
-            f"again with: {again}"
+            f"push_to_hub: the export in {str(folder)!r} is complete and verified, but its upload to {repository!r} failed: {error}; "
+            f"push it again with: {again}"
         ) from error

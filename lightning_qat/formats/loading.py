@@ -48,7 +48,7 @@ def _target(folder: Path, manifest: dict[str, Any]) -> str:
     if target not in formats:
         made_by = manifest["versions"].get("lightning_qat")
         raise ValueError(
-            f"path: {str(folder)!r} was written for the target {target!r} by lightning-qat {made_by}, {did_you_mean(target, formats.names())}; "
-            "update this library: pip install -U lightning-qat"
+            f"path: {str(folder)!r} was written for the target {target!r} by lightning-qat {made_by}, "
+            f"{did_you_mean(target, formats.names())}; update this library: pip install -U lightning-qat"
         )
     return target

@@ -21,7 +21,7 @@ def build_transformers_model(folder: Path, class_name: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"path: cannot read a configuration from {str(folder)!r}: {error}") from error
-    if not isinstance(config, cls.config_class or object):
+    if cls.config_class is not None and not isinstance(config, cls.config_class):
         raise ValueError(
             f"path: the manifest in {str(folder)!r} names the class {class_name!r}, its configuration is a {type(config).__name__}"
         )

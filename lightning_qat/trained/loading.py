@@ -53,7 +53,8 @@ def load_trained(checkpoint: str | Path, model: Model = None) -> Any:
 def load_module(checkpoint: str | Path, model: Model = None) -> pl.LightningModule:
     """The whole LightningModule of :func:`load_trained`; arguments and errors are the same."""
     if model is not None and not isinstance(model, pl.LightningModule) and not _is_class(model):
-        raise ValueError(f"model: got {model!r}, expected a LightningModule or a class of such")
+        kind = model if isinstance(model, type) else type(model)
+        raise ValueError(f"model: got {kind.__name__}, expected a LightningModule or a class of such")
     saved, place = read_checkpoint(checkpoint), str(checkpoint)
     if model is None and "quantization_scheme" not in saved:
         raise ValueError(

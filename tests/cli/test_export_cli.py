@@ -9,9 +9,10 @@ import torch
 from models import llama, save_causal_lm, token_ids
 from torch.utils.data import DataLoader
 
-from lightning_qat import DistillationModule, QuantizationCallback, load_quantized
+from lightning_qat import DistillationModule, QuantizationCallback, QuantScheme, load_quantized
 from lightning_qat.cli import main
 from lightning_qat.formats.codes import stored_codes
+from lightning_qat.modules import scheme_of
 from lightning_qat.modules.weights import layer_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -135,10 +136,12 @@ def test_a_class_of_the_users_own_is_found_from_the_working_directory(own, tmp_p
 def test_a_run_of_the_command_line_is_exported(own, tmp_path, capsys):
     my_models, _ = own
     (tmp_path / "run.yaml").write_text(RUN)
-    assert main(["fit", "--config", "run.yaml"]) == 0, capsys.readouterr().err
+    assert "nowhere" in refused(capsys, "fit", "--config", "run.yaml", "--quantization.target", "nowhere")
+    assert main(["fit", "--config", "run.yaml", "--quantization.target", "compressed-tensors"]) == 0, capsys.readouterr().err
     assert main(["export", "--checkpoint", "kept/last.ckpt", "--out", "out", "--module", "my_models.Own"]) == 0, capsys.readouterr().err
     loaded = load_quantized(tmp_path / "out", model=my_models.Own(width=20))
     assert [tuple(weight.shape) for weight in layer_weights(loaded)] == [(20, 16), (8, 20)]
+    assert scheme_of(loaded) == QuantScheme.parse("w4a8", target="compressed-tensors")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lightning_qat.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON_BLOCKS = [
     pytest.param(document, code, id=f"{document.name}-{i}")
-    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
     for i, code in enumerate(re.findall(r"```python\n(.*?)```", document.read_text("utf-8"), re.DOTALL))
 ]
 

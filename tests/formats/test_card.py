@@ -192,19 +192,9 @@ def test_names_break_neither_yaml_nor_tables(name, value, tmp_path_factory):
     assert head["license"] == (" ".join(name.split()) or ("" if name else "other"))
     assert head.get("base_model") == " ".join(name.split())
     assert json.loads(json.dumps(head["tags"])) == ["lightning_qat", "quantization-aware-training", "native", "4-bit"]
-    titles = [line for line in text.split("\n") if line.startswith("#")]
-    assert [title.split()[1] for title in titles] == [
-        "Sequential,",
-        "How",
-        "What",
-        "Size",
-        "What",
-        "What",
-        "Results",
-        "License",
-        "Versions",
-    ]
-    rows = [line for line in text.split("## Results\n\n")[1].split("\n\n")[0].split("\n")]
+    titles = [line.split()[1] for line in text.split("\n") if line.startswith("#")]
+    assert titles == ["Sequential,", "How", "What", "Size", "What", "What", "Results", "License", "Versions"]
+    rows = text.split("## Results\n\n")[1].split("\n\n")[0].split("\n")
     assert len(rows) == 3
     assert rows[2].replace("\\\\", "").replace("\\|", "").count("|") == 3
 

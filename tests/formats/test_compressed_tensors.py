@@ -103,8 +103,13 @@ def test_the_same_in_bf16(name, tmp_path):
     assert loaded.dtype == torch.bfloat16
 
 
+def test_the_same_in_fp16(tmp_path):
+    model = fitted(lambda: llama().half(), "w4a8kv4")
+    assert check_exact(model, export(model, tmp_path / "out", format=TARGET)).dtype == torch.float16
+
+
 @pytest.mark.parametrize("build", [llama, in_bf16(llama)])
-def test_learned_and_running_scales_of_inputs_are_written(build, tmp_path):
+def test_running_ranges_of_inputs_are_written_as_scales(build, tmp_path):
     model = fitted(build, QuantScheme(weight=W4, input=STATIC))
     model.train()
     model(token_ids())
@@ -242,7 +247,7 @@ def test_a_changed_bit_behind_the_writers_back_is_found(key, tmp_path, monkeypat
     model.train()(token_ids())
     merge_ranges(model.eval())
     monkeypatch.setattr("lightning_qat.formats.compressed_tensors.format.save_file", tampering)
-    with pytest.raises(RuntimeError, match="reads? back differently"):
+    with pytest.raises(RuntimeError, match=r"reads? back differently"):
         export(model, tmp_path / "out", format=TARGET)
     assert list(tmp_path.iterdir()) == []
 

@@ -63,6 +63,13 @@ def test_bits_are_never_a_convention():
         fit(model, inexact=True)
 
 
+def test_codes_of_weights_are_never_a_convention():
+    runtime = Runtime(weight=(rule(code_range=("narrow",)),))
+    model = quantized(QuantScheme(weight=TensorSpec(bits=4, code_range="full", divisor="half_range")))
+    with pytest.raises(ValueError, match=r"weight.code_range: got 'full', executed is 'narrow'"):
+        fit(model, inexact=True, runtime=runtime)
+
+
 def test_scales_must_be_numbers_of_the_stored_type():
     with pytest.raises(ValueError, match=r"weight.scale_dtype: this format stores scales as bfloat16.*and 13 more"):
         fit(quantized("w4"), scale_dtype=torch.bfloat16)

@@ -5,6 +5,7 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
+from byte_tokenizers import ROWS, byte_tokenizer
 from models import _build, gemma3, gpt2, llama, llama3, mixtral, mlp, qwen3
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -17,13 +18,13 @@ from lightning_qat.scheme import Override
 
 gguf = pytest.importorskip("gguf")
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 2048}  # the vocabulary of the bundled teacher's tokenizer
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": ROWS}
 WIDE = SHAPE | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer("tiny-teacher")
+    return byte_tokenizer()
 
 
 def small_llama(**changes):
@@ -97,7 +98,7 @@ def quantized(build=small_llama, scheme="gguf-q4_0"):
 
 
 def logits_of(model):
-    ids = torch.randint(2048, (2, 12), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(ROWS, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model(ids, use_cache=False).logits
 
@@ -151,8 +152,8 @@ def test_stored_bits_and_metadata(tokenizer, tmp_path):
 
 
 def test_a_tied_embedding_is_stored_once_where_it_is_one(tokenizer, tmp_path):
-    for scheme, head in (("gguf-q4_0", False), (EXACT["tied-all-layers"][1], False), (EXACT["tied-head-only"][1], True)):
-        folder = export(quantized(tied_llama, scheme), tmp_path / str(scheme)[:60], format="gguf", tokenizer=tokenizer)
+    for case, head in {"tied": False, "tied-all-layers": False, "tied-head-only": True}.items():
+        folder = export(quantized(*EXACT[case][:2]), tmp_path / case, format="gguf", tokenizer=tokenizer)
         names = {tensor.name for tensor in gguf.GGUFReader(folder / "model.gguf").tensors}
         assert ("output.weight" in names) == head
 
@@ -179,14 +180,30 @@ class Language(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-@pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("preset", ["gguf-q4_0", "gguf-q8_0", "llama.cpp-w4a8"])
-def test_a_preset_trains_the_bundled_teacher_and_is_exported(preset, steps, tokenizer, tmp_path):
-    ids = torch.randint(3, 2048, (2 * steps, 24), generator=torch.Generator().manual_seed(0))
+def fit(model, preset, steps, vocabulary, folder):
+    ids = torch.randint(3, vocabulary, (2 * steps, 24), generator=torch.Generator().manual_seed(0))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=[QuantizationCallback(preset)], default_root_dir=tmp_path, **quiet)
-    module = Language(load_causal_lm("tiny-teacher").train())
+    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=[QuantizationCallback(preset)], default_root_dir=folder, **quiet)
+    module = Language(model.train())
     trainer.fit(module, DataLoader(ids, batch_size=2))
+    return module
+
+
+PRESETS = ("gguf-q4_0", "gguf-q8_0", "llama.cpp-w4a8")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_a_callback_trained_is_written_as_the_model_in_the_module(preset, tokenizer, tmp_path):
+    module = fit(small_llama(), preset, 3, ROWS, tmp_path)
+    folder = export(module, tmp_path / "out", format="gguf", tokenizer=tokenizer)
+    assert manifest_of(folder)["verification"]["max_logit_difference"] == 0.0
+    assert isinstance(load_quantized(folder), LlamaForCausalLM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_trains_the_bundled_teacher_and_is_exported(preset, tmp_path):
+    module, tokenizer = fit(load_causal_lm("tiny-teacher"), preset, 50, 2048, tmp_path), load_tokenizer("tiny-teacher")
     folder = export(module, tmp_path / "out", format="gguf", tokenizer=tokenizer)
     assert manifest_of(folder)["verification"]["max_logit_difference"] == 0.0
     read = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
@@ -198,9 +215,7 @@ def test_a_preset_trains_the_bundled_teacher_and_is_exported(preset, steps, toke
 
 def test_dropped_parts_and_rounded_scales_are_measured(tokenizer, tmp_path):
     scheme = QuantScheme(weight=TensorSpec(bits=4, **G32), input=A8, kv=KVSpec(bits=4))
-    with pytest.raises(
-        ValueError, match=r"kv: this format executes no quantized kv[\s\S]*weight.scale_dtype.*float16[\s\S]*drop=\('kv',\)"
-    ):
+    with pytest.raises(ValueError, match=r"executes no quantized kv[\s\S]*weight.scale_dtype.*float16[\s\S]*drop=\('kv',\)"):
         export(quantized(scheme=scheme), tmp_path / "out", format="gguf", tokenizer=tokenizer)
     folder = export(quantized(scheme=scheme), tmp_path / "out", format="gguf", tokenizer=tokenizer, drop=("kv",), inexact=True)
     manifest = manifest_of(folder)
@@ -218,12 +233,12 @@ def test_dropped_parts_and_rounded_scales_are_measured(tokenizer, tmp_path):
         (
             wide_llama,
             QuantScheme(weight=half(3), input=A8),
-            r"group_size: got 32, llama.cpp quantizes inputs of Q3_K weights in groups of 256",
+            r"got 32, llama.cpp quantizes inputs of Q3_K weights in groups of 256",
         ),
         (
             small_llama,
             QuantScheme(weight=half(4, granularity="group", group_size=16)),
-            r"weight.group_size: got 16.*nearest.*group_size=32",
+            r"group_size: got 16.*nearest.*group_size=32",
         ),
         (small_llama, QuantScheme(weight=half(8, symmetric=False)), r"weight.symmetric: got False"),
         (lambda: small_llama(intermediate_size=48), QuantScheme(weight=half(4)), r"down_proj: has 48 inputs.*exclude=\('down_proj',\)"),
@@ -242,7 +257,7 @@ def test_schemes_that_do_not_fit_are_refused(build, scheme, message, tokenizer, 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: gpt2(vocab_size=2048), r"model: got a GPT2LMHeadModel \('gpt2'\).*llama, qwen2, qwen3"),
+        (lambda: gpt2(vocab_size=ROWS), r"model: got a GPT2LMHeadModel \('gpt2'\).*llama, qwen2, qwen3"),
         (gemma3, r"'gemma3_text'"),
         (mixtral, r"'mixtral'"),
         (lambda: llama3(**SHAPE), r"config.rope_parameters: got rope_type='llama3'.*allowed: 'default'"),
@@ -284,6 +299,6 @@ def test_a_flipped_bit_is_found_before_the_folder_gets_its_name(name, byte, toke
         return entries
 
     monkeypatch.setattr(room.GgufFormat, "write", damaged)
-    with pytest.raises(RuntimeError, match="reads? back"):
+    with pytest.raises(RuntimeError, match=r"reads? back"):
         export(quantized(), tmp_path / "out", format="gguf", tokenizer=tokenizer)
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Tokenizers in GGUF files: texts become the same ids again, or the tokenizer is refused."""
 
 import pytest
+from byte_tokenizers import ROWS, byte_tokenizer
 from models import character_tokenizer, llama
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
@@ -8,21 +9,20 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from lightning_qat import export, insert_quantizers
 from lightning_qat.formats.gguf.tokenizer import compare_tokenizers
-from lightning_qat.generation import load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
 TEXTS = ("def f(x):\n    return x + 1.5", "Grüße 12345 we'll see…\r\n\n", "<|user|> hi <think>", " a  b ")
 
 
-def quantized(vocabulary=2048):
-    model = llama(hidden_size=64, intermediate_size=64, vocab_size=vocabulary, num_hidden_layers=1)
+def quantized(rows=ROWS):
+    model = llama(hidden_size=64, intermediate_size=64, vocab_size=rows, num_hidden_layers=1)
     insert_quantizers(model, "gguf-q4_0")
     return model
 
 
 def with_split(name):
-    tokenizer = load_tokenizer("tiny-teacher")
+    tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[name]), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
@@ -39,12 +39,12 @@ def chatty():
 
 
 CASES = {
-    "teacher": (lambda: load_tokenizer("tiny-teacher"), "gpt-2", 2048),
-    "llama": (lambda: with_split("llama-bpe"), "llama-bpe", 2048),
-    "qwen": (lambda: with_split("qwen2"), "qwen2", 2048),
-    "tekken": (lambda: with_split("tekken"), "tekken", 2048),
-    "gpt-4o": (lambda: with_split("gpt-4o"), "gpt-4o", 2048),
-    "more-rows": (chatty, "llama-bpe", 2112),
+    "gpt-2": (byte_tokenizer, "gpt-2", ROWS),
+    "llama": (lambda: with_split("llama-bpe"), "llama-bpe", ROWS),
+    "qwen": (lambda: with_split("qwen2"), "qwen2", ROWS),
+    "tekken": (lambda: with_split("tekken"), "tekken", ROWS),
+    "gpt-4o": (lambda: with_split("gpt-4o"), "gpt-4o", ROWS),
+    "more-rows": (chatty, "llama-bpe", 300),
 }
 
 
@@ -64,22 +64,22 @@ def test_texts_become_the_same_ids(build, name, rows, tmp_path):
 
 
 def test_special_tokens_and_those_of_a_user_have_their_types(tmp_path):
-    folder = export(quantized(2112), tmp_path / "out", format="gguf", tokenizer=chatty())
+    folder = export(quantized(300), tmp_path / "out", format="gguf", tokenizer=chatty())
     fields = gguf.GGUFReader(folder / "model.gguf").fields
     types = dict(zip(fields["tokenizer.ggml.tokens"].contents(), map(int, fields["tokenizer.ggml.token_type"].contents()), strict=True))
-    assert [types[token] for token in ("<s>", "<|user|>", "<think>", "def", "[PAD2100]")] == [3, 3, 4, 1, 5]
+    assert [types[token] for token in ("<s>", "<|user|>", "<think>", "ab", "[PAD290]")] == [3, 3, 4, 1, 5]
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
     assert fields["tokenizer.ggml.add_eos_token"].contents() is False
 
 
 def lowercase():
-    tokenizer = load_tokenizer("tiny-teacher")
+    tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     return tokenizer
 
 
 def with_other_split():
-    tokenizer = load_tokenizer("tiny-teacher")
+    tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
 
@@ -87,12 +87,12 @@ def with_other_split():
 @pytest.mark.parametrize(
     ("build", "rows", "message"),
     [
-        (lambda: None, 2048, "tokenizer: none is known for this model.*pass tokenizer= to export"),
-        (lowercase, 2048, "normalizer.*Lowercase.*SentencePiece vocabularies are not supported"),
-        (with_other_split, 2048, "cuts text into words by.*Whitespace.*no name in GGUF"),
-        (character_tokenizer, 2048, "cuts text into words by.*no name in GGUF"),
-        (lambda: load_tokenizer("tiny-teacher"), 96, "tokenizer: has a token 2047, the model's embedding has 96 rows"),
-        (lambda: object(), 2048, "tokenizer: got a object"),
+        (lambda: None, ROWS, "tokenizer: none is known for this model.*pass tokenizer= to export"),
+        (lowercase, ROWS, "normalizer.*Lowercase.*SentencePiece vocabularies are not supported"),
+        (with_other_split, ROWS, "cuts text into words by.*Whitespace.*no name in GGUF"),
+        (character_tokenizer, ROWS, "cuts text into words by.*no name in GGUF"),
+        (byte_tokenizer, 96, "tokenizer: has a token 261, the model's embedding has 96 rows"),
+        (lambda: object(), ROWS, "tokenizer: got a object"),
     ],
     ids=["none", "normalizer", "split", "characters", "too-large", "not-a-tokenizer"],
 )
@@ -104,11 +104,11 @@ def test_tokenizers_the_file_cannot_hold_are_refused(build, rows, message, tmp_p
 
 
 def test_a_tokenizer_that_reads_back_otherwise_is_an_error():
-    mine, theirs = load_tokenizer("tiny-teacher"), with_split("qwen2")
-    compare_tokenizers(mine, load_tokenizer("tiny-teacher"))
+    mine, theirs = byte_tokenizer(), with_split("qwen2")
+    compare_tokenizers(mine, byte_tokenizer())
     with pytest.raises(RuntimeError, match="the tokenizer reads back differently"):
         compare_tokenizers(mine, theirs)
-    theirs = load_tokenizer("tiny-teacher")
+    theirs = byte_tokenizer()
     theirs.pad_token = theirs.eos_token
     with pytest.raises(RuntimeError, match="pad_token_id is 0, read back 2"):
         compare_tokenizers(mine, theirs)

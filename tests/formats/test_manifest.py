@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import random
+import re
+from pathlib import Path
 
 import manifests
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from models import character_tokenizer, cnn, llama, logits_of, tied_llama
 from safetensors.torch import load_file, save_file
 
-from lightning_qat import QuantScheme, TensorSpec, export, insert_quantizers, load_quantized
+from lightning_qat import QuantScheme, TensorSpec, export, formats, insert_quantizers, load_quantized
 from lightning_qat.formats.manifest import sizes
 
 
@@ -258,3 +260,10 @@ def test_code_that_a_folder_brings_is_never_run(model_type, folder, tmp_path):
         with pytest.raises(ValueError, match="path: cannot read a configuration"):
             load_quantized(folder)
     assert not os.path.exists(ran)
+
+
+def test_no_format_unpickles_or_trusts_code():
+    for file in Path(formats.__path__[0]).rglob("*.py"):
+        source = file.read_text("utf-8")
+        for words in ("trust_remote_code=True", "pickle.load", "torch.load(", "weights_only=False", "exec(", "eval("):
+            assert words not in re.sub(r"\.eval\(|def eval\(", "", source), f"{words} in {file}"

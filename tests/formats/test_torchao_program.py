@@ -58,9 +58,9 @@ def test_a_program_computes_what_was_trained(build, scheme, tmp_path):
     entries = json.loads(zipfile.ZipFile(tmp_path / "program.pt2").read(stored[0]))["config"].values()
     assert entries
     assert not any(entry["use_pickle"] for entry in entries)
-    for ids in (token_ids(), token_ids(3, 17, seed=1)):
-        for each in (program, torch.export.load(tmp_path / "program.pt2")):
-            assert torch.equal(each.module()(input_ids=ids).logits, logits_of(model, input_ids=ids))
+    for module in (program.module(), torch.export.load(tmp_path / "program.pt2").module()):
+        for ids in (token_ids(), token_ids(3, 17, seed=1)):
+            assert torch.equal(module(input_ids=ids).logits, logits_of(model, input_ids=ids))
 
 
 def test_a_program_of_a_module_of_ones_own(tmp_path):

@@ -155,7 +155,7 @@ def test_a_changed_bit_behind_the_writers_back_is_found(tmp_path, monkeypatch):
         save_file(tensors, file, **kwargs)
 
     monkeypatch.setattr("lightning_qat.formats.compressed_tensors.format.save_file", tampering)
-    with pytest.raises(RuntimeError, match="model.layers.1.mlp.up_proj: 1 of .* codes read back differently"):
+    with pytest.raises(RuntimeError, match=r"model.layers.1.mlp.up_proj: 1 of .* codes read back differently"):
         export(fitted("w4a8"), tmp_path / "out", format="vllm")
     assert list(tmp_path.iterdir()) == []
 

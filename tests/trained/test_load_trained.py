@@ -139,7 +139,7 @@ def test_the_student_of_a_file_is_returned(tmp_path):
 
 
 def sharded(path, teacher, dtype):
-    made = module(**FAST, teacher=teacher, param_dtype=dtype)
+    made = module(**FAST, teacher=teacher, param_dtype=dtype, defer_loading=dtype is not None)
     run = trainer("fsdp2", 2, max_steps=3)
     run.fit(made, loader(2))
     run.save_checkpoint(path)
@@ -221,13 +221,14 @@ class Needs(pl.LightningModule):
     ("model", "message"),
     [
         (None, r"not a checkpoint of a DistillationModule; pass what was trained, load_trained\(path, model=MyModule"),
-        (nn.Linear(2, 2), r"model: got Linear.*expected a LightningModule"),
+        (nn.Linear(2, 2), r"model: got Linear, expected a LightningModule"),
+        (nn.Linear, r"model: got Linear, expected a LightningModule or a class of such"),
         (Own(), r"quantization_root: .*below 'net'.*names None; set its quantization_root to 'net'"),
         (Own(width=8, root="net"), r"model: the weights in .* do not fit: .*size mismatch"),
         (Other(), r"missing in the checkpoint: \['extra.weight', 'extra.bias'\], unknown to the module: \[\]"),
         (Needs, r"a Needs cannot be built from the hyper-parameters .*\['half', 'root', 'width'\].*'net'; pass an instance in Python"),
     ],
-    ids=["none", "not lightning", "another root", "shapes", "keys", "arguments"],
+    ids=["none", "not lightning", "not its class", "another root", "shapes", "keys", "arguments"],
 )
 def test_another_module_is_refused(model, message, own_checkpoint):
     with pytest.raises(ValueError, match=f"(?s){message}"):

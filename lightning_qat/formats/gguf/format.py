@@ -23,7 +23,7 @@ from lightning_qat.scheme import PRESETS, QuantScheme
 from lightning_qat.specs import TensorSpec
 
 GROUPS = (32, 64, 96, 128, 192, 256, 512, 768, 1024)
-_SHARED = {"granularity": ("channel", "tensor"), "axis": (None, 0), "scale_dtype": ("float16", "bfloat16", "float32")}
+_SHARED = {"granularity": ("channel", "tensor"), "axis": (None, 0), "scale_dtype": ("float16",)}
 _GROUPED = _SHARED | {"granularity": ("group",), "group_size": GROUPS}
 _SYMMETRIC = {"bits": (1, 2, 3, 4, 5, 6, 7, 8), "symmetric": (True,), "code_range": ("narrow", "full")}
 _INTEGER_ZERO = {"bits": (2, 3, 4, 5, 6, 7), "symmetric": (False,), "zero_point": ("integer",)}

@@ -1,13 +1,13 @@
 """What a file holds, compared bit for bit with what was trained, through the eyes of onnx and onnxruntime.
 
     weights        codes, scales and zero points are read from the file: equal
-    activations    onnxruntime computes every node of the file on its own; each quantizer of the model is given the very tensor that its nodes
-                   were given and has to make the same values: equal
+    activations    onnxruntime computes every node of the file on its own; each quantizer of the model is given the very tensor that its
+                   nodes were given and has to make the same values: equal
     all between    the model runs once more with onnxruntime's values in place of those its quantizers make; what it computes from one
                    quantizer to the next, and its output, may differ by the rounding of fp32 kernels: `TOLERANCE`
 
 Comparing outputs alone cannot tell a rounding that fell on the other side from a mistake; this can. Outputs with onnxruntime's own fusions
-are compared too and the difference is told.
+are compared too, and the difference is told in the manifest: with quantized activations it may be a step of a code here and there.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from lightning_qat.formats.onnx.tracing import graph_inputs, outputs_by_name
 from lightning_qat.formats.verification import Stored, compare_weights
 
 TOLERANCE = 1e-4  # of the largest value of a tensor
-FUSED_TOLERANCE = 1e-2  # mean difference over mean value: what a few roundings that fell on the other side stay far below
+FUSED_TOLERANCE = 0.1  # mean difference over mean value, with quantized activations: more than roundings on the other side make
 
 
 def verify_file(job: Job, folder: Path) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def verify_file(job: Job, folder: Path) -> dict[str, Any]:
         _compare_activations(job.model, quantized, tensors)
         largest = _compare_between(job, quantized, tensors, outputs)
     fused = run(open_session(file), inputs)
-    _compare_fused(expected, fused)
+    _compare_fused(expected, fused, is_rounded=bool(quantized))
     return {
         **compared,
         "activations": len(quantized),
@@ -189,11 +189,13 @@ def _largest(mine: Tensor, theirs: Tensor) -> float:
     return (mine.double() - theirs.double()).abs().max().item() if mine.numel() else 0.0
 
 
-def _compare_fused(expected: dict[str, Tensor], fused: dict[str, Tensor]) -> None:
+def _compare_fused(expected: dict[str, Tensor], fused: dict[str, Tensor], is_rounded: bool) -> None:
+    """Without quantized activations a fused kernel rounds like any other; with them a rounding may fall on the other side and be amplified."""
     for name, mine in expected.items():
-        difference = (mine.double() - fused[name].double()).abs().mean().item()
-        if not difference <= FUSED_TOLERANCE * mine.double().abs().mean().item():
+        theirs = fused[name]
+        mean = (mine.double() - theirs.double()).abs().mean().item() / (mine.double().abs().mean().item() or 1.0)
+        found, allowed = (mean, FUSED_TOLERANCE) if is_rounded else (_relative(mine, theirs), TOLERANCE)
+        if not found <= allowed:
             raise RuntimeError(
-                f"export: {name}: with its own fusions onnxruntime computes something else, by {difference:.3g} on average; allowed is "
-                f"{FUSED_TOLERANCE:.0%} of the mean size"
+                f"export: {name}: with its own fusions onnxruntime computes something else, by {found:.3g} of its size; allowed is {allowed:g}"
             )

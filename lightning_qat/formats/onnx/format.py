@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from lightning_qat.formats.base import Format, Job, formats
 from lightning_qat.formats.company import save_company
@@ -73,8 +73,8 @@ class OnnxFormat(Format):
         dtypes = {tensor.dtype for tensor in job.model.parameters() if tensor.is_floating_point()}
         if other := sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32}):
             raise ValueError(
-                f"model: its parameters are {', '.join(other)}, and the kernels of onnxruntime's CPU compute in float32; export model.float(), "
-                "which has the same codes and scales"
+                f"model: its parameters are {', '.join(other)}, and onnxruntime's kernels for CPUs compute in float32; export "
+                "model.float(), which has the same codes and scales"
             )
         for name, layer in quant_layers(job.model):
             if isinstance(layer, QuantExperts):
@@ -82,15 +82,16 @@ class OnnxFormat(Format):
         for name, quantizer in activation_quantizers(job.model).items():
             running = quantizer.running
             if running is not None and "input" not in job.fit.dropped and not bool(running.batches > 0):
-                raise ValueError(f"{name}: its static range has not seen a batch; train, or run some batches in training mode, before export")
+                raise ValueError(f"{name}: its static range has not seen a batch; train for a step, or leave it out of the scheme")
 
     def write(self, job: Job, folder: Path) -> dict[str, Any]:
         """The graph with the settings under which onnxruntime computes what was trained; the manifest gets opset and axes."""
         weights = weights_to_store(job)
         model = trace(job, opset_of(weights))
-        exact = {"session_config": SETTINGS, "disabled_optimizers": list(DISABLED)}
         first = stored_under(job.model)
-        finish(model, {first[weight.name]: code_dtype(weight) for weight in weights}, {"lightning_qat.exact_onnxruntime": json.dumps(exact)})
+        dtypes = {first[weight.name]: code_dtype(weight) for weight in weights}
+        exact = {"session_config": SETTINGS, "disabled_optimizers": list(DISABLED)}
+        finish(model, dtypes, {"lightning_qat.exact_onnxruntime": json.dumps(exact)})
         save(model, folder)
         save_company(job.model, job.tokenizer, folder)
         inputs = {value.name: [str(length) for length in value.shape] for value in model.graph.inputs}

@@ -75,14 +75,15 @@ def _store_codes(graph: Any, dtypes: dict[str, Any]) -> None:
             continue
         again = name in stored
         if not again:
-            stored[name] = [_initializer(graph, value, f"{name}.{part}", dtypes[name]) for value, part in zip(node.inputs, PARTS, strict=False)]
+            parts = zip(node.inputs, PARTS, strict=False)
+            stored[name] = [_initializer(graph, value, f"{name}.{part}", dtypes[name]) for value, part in parts]
         node.name = f"{name}.again" if again else name
         for i, value in enumerate(stored[name]):
             node.replace_input_with(i, value)
     if unused := sorted(dtypes.keys() - stored.keys()):
         raise ValueError(
-            f"{unused[0]}: the forward pass does not use it for this example, so that it is no part of the graph; leave it out of the scheme "
-            "(exclude=...), or pass other example_inputs"
+            f"{unused[0]}: the forward pass does not use it for this example, so that it is no part of the graph; leave it out of the "
+            "scheme (exclude=...), or pass other example_inputs"
         )
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
@@ -94,7 +95,7 @@ def _initializer(graph: Any, value: Any, name: str, dtype: Any) -> Any:
 
     array = value.const_value.numpy()
     tensor = ir.tensor(array if array.dtype.kind == "f" else array.astype(dtype), name=name)
-    new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
     graph.register_initializer(new)
     return new
 
@@ -118,4 +119,4 @@ def save(model: Any, folder: Path) -> None:
     import onnx_ir as ir
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    ir.save(model, folder / FILE, **({} if size < SINGLE_FILE_BYTES else {"external_data": DATA}))
+    ir.save(model, folder / FILE, external_data=None if size < SINGLE_FILE_BYTES else DATA)

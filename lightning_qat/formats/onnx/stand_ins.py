@@ -1,9 +1,11 @@
 """What takes the places of quantizers while a model is traced.
 
-    weight            codes, scale [, zero_point] -> DequantizeLinear                                 (+ Add, where the zero point is a value)
-    static input      [Clip ->] QuantizeLinear -> DequantizeLinear, uint8, constant scale             what integer kernels are built from
+    weight            codes, scale [, zero_point] -> DequantizeLinear, and Add where the zero point is a value
+    static input      [Clip ->] QuantizeLinear -> DequantizeLinear: uint8 and a constant scale, which integer kernels are made for
     any other input   Abs, ReduceMax, Div, Clip, Div, Round, Clip, Mul for symmetric ranges found on the way; else the formula of training
                       as torch.export sees it
+
+The model is as it was afterwards.
 """
 
 from collections.abc import Iterator

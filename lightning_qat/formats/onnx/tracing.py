@@ -21,7 +21,8 @@ def graph_inputs(job: Job) -> dict[str, Any]:
     """The example, with a mask where a language model takes one: a graph without it could not be given padded batches."""
     assert job.example is not None
     inputs = dict(job.example)
-    if isinstance(job.model, PreTrainedModel) and "input_ids" in inputs and "attention_mask" in inspect.signature(job.model.forward).parameters:
+    takes_mask = isinstance(job.model, PreTrainedModel) and "attention_mask" in inspect.signature(job.model.forward).parameters
+    if takes_mask and "input_ids" in inputs:
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     return inputs
 
@@ -101,10 +102,12 @@ def trace(job: Job, opset: int) -> Any:
 
 def _translations() -> dict[Any, Any]:
     """Our own op, which rounds scales to fewer bits."""
-    from onnxscript import opset18
+    import onnxscript
+
+    cast: Any = onnxscript.opset18.Cast
 
     def rounded(values: Any, dtype: int) -> Any:
-        return opset18.Cast(opset18.Cast(values, to=dtype), to=FLOAT)
+        return cast(cast(values, to=dtype), to=FLOAT)
 
     return {torch.ops.lightning_qat.rounded.default: rounded}
 

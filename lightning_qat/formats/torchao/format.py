@@ -146,15 +146,17 @@ def _check_float32(model: nn.Module) -> None:
         )
 
 
-def _from_pretrained(folder: Path, kind: str) -> PreTrainedModel:
+def _from_pretrained(folder: Path, kind: str) -> nn.Module:
     cls = getattr(transformers, kind, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ValueError(f"path: the manifest names the class {kind!r}, which this version of transformers does not have")
-    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = cls.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
     wrong = {what: sorted(keys)[:3] for what, keys in info.items() if keys}
     if wrong:
         raise ValueError(f"path: transformers cannot place every tensor of {str(folder)!r}: {wrong}")
-    return model.eval()
+    plain: nn.Module = model.eval()
+    return plain
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
