@@ -14,13 +14,13 @@ def wide_llama(**changes):
     return llama(**WIDE | changes)
 
 
-def in_bf16(build):
-    """As transformers loads it: weights in bf16, rotary frequencies in fp32."""
+def in_half(build, dtype=torch.bfloat16):
+    """As transformers loads it: weights in half precision, rotary frequencies in fp32."""
 
     def cast(**changes):
         model = build(**changes)
         for parameter in model.parameters():
-            parameter.data = parameter.data.bfloat16()
+            parameter.data = parameter.data.to(dtype)
         return model
 
     return cast

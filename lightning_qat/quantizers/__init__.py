@@ -6,4 +6,6 @@ To add one, write `quantizers/foo.py` with a :class:`~lightning_qat.quantizers.b
 
 from lightning_qat.quantizers.base import Quantizer, blocking_of, build_quantizer, fake_quantize, quantize_tensor, quantizers
 
+quantizers.names()  # finds them now: inside a graph that torch.compile traces nothing can be imported
+
 __all__ = ["Quantizer", "blocking_of", "build_quantizer", "fake_quantize", "quantize_tensor", "quantizers"]

@@ -261,6 +261,10 @@ def fake_quantize(x: Tensor, spec: TensorSpec) -> Tensor:
     Returns:
         Shape and dtype of `x`; exactly ``quantize_tensor(x, spec).dequantize()``.
 
+    Note:
+        Each call builds a quantizer. In code that torch.compile traces whole, build it before with :func:`build_quantizer` and call that;
+        only those with one-pass ranges (min-max) can be built in a graph.
+
     Example:
         >>> fake_quantize(torch.tensor([0.9, -0.35, 0.1, -1.4]), TensorSpec(bits=4))
         tensor([ 0.8000, -0.4000,  0.0000, -1.4000])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import gemma3, gpt2, inputs_of, llama, logits_of, mixtral, opt, qwen3, save_causal_lm, tied_llama, token_ids, vit
 from safetensors.torch import load_file, save_file
-from serving import in_bf16, quantized, wide_llama
+from serving import in_half, quantized, wide_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lightning_qat import KVSpec, QuantScheme, TensorSpec, export, load_quantized
@@ -96,19 +96,19 @@ def test_transformers_computes_what_was_trained(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name if name in IN_BF16[:4] else pytest.param(name, marks=pytest.mark.slow) for name in EXACT])
-def test_the_same_in_bf16(name, tmp_path):
+def test_the_same_in_half(name, tmp_path):
     build, scheme = EXACT[name]
-    model = fitted(in_bf16(build), scheme)
+    model = fitted(in_half(build), scheme)
     loaded = check_exact(model, export(model, tmp_path / "out", format=TARGET))
     assert loaded.dtype == torch.bfloat16
 
 
 def test_the_same_in_fp16(tmp_path):
-    model = fitted(lambda: llama().half(), "w4a8kv4")
+    model = fitted(in_half(llama, torch.float16), "w4a8kv4")
     assert check_exact(model, export(model, tmp_path / "out", format=TARGET)).dtype == torch.float16
 
 
-@pytest.mark.parametrize("build", [llama, in_bf16(llama)])
+@pytest.mark.parametrize("build", [llama, in_half(llama)])
 def test_running_ranges_of_inputs_are_written_as_scales(build, tmp_path):
     model = fitted(build, QuantScheme(weight=W4, input=STATIC))
     model.train()
@@ -219,7 +219,7 @@ def test_other_conventions_are_measured(tmp_path):
 
 
 def test_rounded_scales_are_those_of_the_reference_also_where_weights_are_kept(tmp_path):
-    model = quantized(in_bf16(llama), "w4")
+    model = quantized(in_half(llama), "w4")
     with cached_weights(model), torch.no_grad():
         model(token_ids())
         folder = export(model, tmp_path / "out", format=TARGET, inexact=True)

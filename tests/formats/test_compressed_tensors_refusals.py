@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import cnn, gpt2, llama, mixtral, opt, qwen3, tied_llama, token_ids
-from serving import in_bf16, quantized
+from serving import in_half, quantized
 from torch import nn
 
 from lightning_qat import KVSpec, QuantScheme, TensorSpec, export, insert_quantizers
@@ -28,7 +28,7 @@ REFUSED = {
         QuantScheme(input=TensorSpec(bits=8, granularity="token", scale_dtype="float16", **HALF)),
         "input.scale_dtype",
     ),
-    "input-arithmetic": (in_bf16(llama), QuantScheme(input=A8), r"input.arithmetic: got 'float32', executed is 'input'"),
+    "input-arithmetic": (in_half(llama), QuantScheme(input=A8), r"input.arithmetic: got 'float32', executed is 'input'"),
     "input-asymmetric": (llama, QuantScheme(input=TensorSpec(bits=8, granularity="token", symmetric=False)), "input.symmetric: got False"),
     "input-percentile": (
         llama,
@@ -47,7 +47,7 @@ REFUSED = {
         "weight.zero_point: got 'float'",
     ),
     "weight-axis": (llama, QuantScheme(weight=TensorSpec(bits=4, axis=1)), "weight.axis: got 1"),
-    "weight-scales": (in_bf16(llama), "w4", r"weight.scale_dtype: this format stores scales as bfloat16.*and 13 more"),
+    "weight-scales": (in_half(llama), "w4", r"weight.scale_dtype: this format stores scales as bfloat16.*and 13 more"),
     "kv-divisor": (llama, "w4kv4", "kv.divisor: got 'qmax'"),
     "kv-token": (
         llama,

@@ -206,7 +206,7 @@ def test_every_result_of_a_model_without_a_head(tmp_path):
 @pytest.mark.slow
 def test_keys_and_values_can_be_dropped(tmp_path):
     model = quantized(llama, "w4kv4", token_ids())
-    folder, manifest = exported(model, tmp_path, drop=("kv",))
+    _, manifest = exported(model, tmp_path, drop=("kv",))
     assert manifest["dropped"] == ["kv"]
     assert manifest["difference"]["max_abs"] > 0
     assert manifest["verification"]["activations"] == 0

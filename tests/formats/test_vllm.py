@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import gpt2, logits_of, token_ids
 from safetensors.torch import load_file
-from serving import in_bf16, quantized, wide_llama
+from serving import in_half, quantized, wide_llama
 from transformers import AutoModelForCausalLM
 
 from lightning_qat import KVSpec, QuantScheme, TensorSpec, export, load_quantized
@@ -34,7 +34,7 @@ def fitted(scheme, build=wide_llama):
     return quantized(build, QuantScheme.parse(scheme, target="vllm"))
 
 
-@pytest.mark.parametrize("build", [wide_llama, in_bf16(wide_llama)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("build", [wide_llama, in_half(wide_llama)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY.values(), ids=WEIGHT_ONLY)
 def test_weights_alone_are_packed_and_exact(build, scheme, tmp_path):
     model = fitted(scheme, build)
@@ -46,7 +46,7 @@ def test_weights_alone_are_packed_and_exact(build, scheme, tmp_path):
     assert "outputs_compared_on" not in json.loads((folder / "manifest.json").read_text())["verification"]
 
 
-@pytest.mark.parametrize("build", [wide_llama, in_bf16(wide_llama)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("build", [wide_llama, in_half(wide_llama)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("scheme", "largest"), WITH_INPUTS.values(), ids=WITH_INPUTS)
 def test_weights_for_integer_products_are_int8_whatever_their_bits(build, scheme, largest, tmp_path):
     model = fitted(scheme, build)
@@ -83,7 +83,7 @@ def test_inputs_are_those_of_the_kernel_but_for_ties():
 
 
 def test_static_scales_of_inputs_stay_fp32(tmp_path):
-    model = fitted(QuantScheme(weight=W8, input=STATIC), in_bf16(wide_llama))
+    model = fitted(QuantScheme(weight=W8, input=STATIC), in_half(wide_llama))
     model.train()(token_ids())
     merge_ranges(model.eval())
     tensors = load_file(export(model, tmp_path / "out", format="vllm") / "model.safetensors")

@@ -85,12 +85,15 @@ def _reader(model: nn.Module, file_model: Any) -> Any:
         if node is None or node.op_type != "DequantizeLinear":
             raise RuntimeError(f"export: {weight.name}: no DequantizeLinear in the file is named like it")
         rows, groups = weight.scale.shape
-        size = next((attribute.i for attribute in node.attribute if attribute.name == "block_size"), None)
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        size = attributes.get("block_size")
         if size != (weight.group_size if groups > 1 else None):
             raise RuntimeError(f"export: {weight.name}: blocks of {size} are stored, {weight.group_size} were trained")
         codes, scale, *zero_point = (tensor(name) for name in node.input)
         if weight.has_float_zero:
             zero_point = [tensor(_added_to(node.output[0], file_model))]
+        if attributes.get("axis") == (1 if groups == 1 else 0):  # turned
+            codes, scale, *zero_point = (values.t() if values.dim() == 2 else values for values in (codes, scale, *zero_point))
         by_row = [values.reshape(-1, groups).expand(rows, groups) for values in (scale, *zero_point)]
         return Stored(codes.reshape(rows, -1), by_row[0], by_row[1] if zero_point else None)
 
@@ -190,12 +193,12 @@ def _largest(mine: Tensor, theirs: Tensor) -> float:
 
 
 def _compare_fused(expected: dict[str, Tensor], fused: dict[str, Tensor], is_rounded: bool) -> None:
-    """Without quantized activations a fused kernel rounds like any other; with them a rounding may fall on the other side and be amplified."""
+    """A fused kernel rounds like any other, but with quantized activations a rounding may fall on the other side, and grow."""
     for name, mine in expected.items():
         theirs = fused[name]
         mean = (mine.double() - theirs.double()).abs().mean().item() / (mine.double().abs().mean().item() or 1.0)
         found, allowed = (mean, FUSED_TOLERANCE) if is_rounded else (_relative(mine, theirs), TOLERANCE)
         if not found <= allowed:
             raise RuntimeError(
-                f"export: {name}: with its own fusions onnxruntime computes something else, by {found:.3g} of its size; allowed is {allowed:g}"
+                f"export: {name}: with its own fusions onnxruntime computes something else, by {found:.3g} of its size; allowed: {allowed:g}"
             )

@@ -20,6 +20,7 @@ from lightning_qat.formats.codes import IntegerWeight
 from lightning_qat.formats.executed import executing
 from lightning_qat.formats.verification import weights_to_store
 from lightning_qat.modules.layer import named_quantizers
+from lightning_qat.modules.linear import QuantConv1D, QuantLinear
 from lightning_qat.modules.weights import LayerWeight, layer_weights
 from lightning_qat.numerics.ranges import AbsMax
 from lightning_qat.quantizers import Quantizer
@@ -34,18 +35,18 @@ class StoredWeight(nn.Module):
 
     Args:
         weight: The weight.
-        shape: Shape to store the codes in: that of the parameter, or [out, in].
+        shape: Shape to store the codes in, [out, in] or [out, in / groups, *kernel]; None for [in, out], which a product takes as it is.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
 
-    def __init__(self, weight: IntegerWeight, shape: tuple[int, ...]) -> None:
+    def __init__(self, weight: IntegerWeight, shape: tuple[int, ...] | None) -> None:
         super().__init__()
-        self.name, self.adds = weight.name, weight.has_float_zero
+        self.name, self.adds, self.is_turned = weight.name, weight.has_float_zero, shape is None
         self.group_size = weight.group_size if weight.scale.shape[1] > 1 else None
-        self.register_buffer("codes", weight.codes.reshape(shape).contiguous())
+        self.register_buffer("codes", (weight.codes.t() if shape is None else weight.codes.reshape(shape)).contiguous())
         self.register_buffer("scale", self._shaped(weight.scale, weight))
         zero_point = None if weight.zero_point is None else self._shaped(weight.zero_point, weight)
         if zero_point is not None and self.adds and zero_point.dim():
@@ -56,11 +57,14 @@ class StoredWeight(nn.Module):
         """[out, groups] as DequantizeLinear takes it: a number for the whole tensor, [out], or as it is."""
         if weight.spec.granularity == "tensor":
             return values[0, 0].clone()
-        return values if self.group_size is not None else values[:, 0].contiguous()
+        if self.group_size is None:
+            return values[:, 0].contiguous()
+        return values.t().contiguous() if self.is_turned else values
 
     def forward(self) -> Tensor:
         """The values, in the shape of the codes."""
-        attributes: dict[str, Any] = {"axis": 0} if self.group_size is None else {"axis": 1, "block_size": self.group_size}
+        axis = int(self.is_turned)  # of the rows; blocks lie along the other one
+        attributes: dict[str, Any] = {"axis": axis} if self.group_size is None else {"axis": 1 - axis, "block_size": self.group_size}
         inputs = [self.codes, self.scale]
         if self.zero_point is not None and not self.adds:
             inputs.append(self.zero_point)
@@ -208,10 +212,14 @@ def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
 
 
 def _stored(weight: IntegerWeight, place: LayerWeight) -> StoredWeight:
-    """Kernels of convolutions in their own shape, where integer kernels of onnxruntime look for them; all else as a matrix."""
-    parameter = getattr(place.layer, place.parameter)
-    as_matrix = weight.has_float_zero or weight.scale.shape[1] > 1 or parameter.dim() <= 2
-    return StoredWeight(weight, weight.codes.shape if as_matrix else parameter.shape).to(parameter.device)
+    """As integer kernels of onnxruntime look for them: convolutions in their own shape, factors of products turned; all else a matrix."""
+    parameter, layer = getattr(place.layer, place.parameter), place.layer
+    if isinstance(layer, QuantLinear | QuantConv1D) and not weight.has_float_zero:
+        shape = None
+    else:
+        is_kernel = parameter.dim() > 2 and weight.scale.shape[1] == 1 and not weight.has_float_zero
+        shape = parameter.shape if is_kernel else weight.codes.shape
+    return StoredWeight(weight, shape).to(parameter.device)
 
 
 @contextmanager
@@ -220,12 +228,21 @@ def _weight_from(weight: LayerWeight, stored: StoredWeight) -> Iterator[None]:
     name, before = f"{weight.parameter}_quantizer", weight.quantizer
 
     def values(dtype: torch.dtype | None = None) -> Tensor:
-        return layer.from_matrix(stored()) if stored.codes.dim() == 2 else stored()
+        matrix = stored().t() if stored.is_turned else stored()
+        return layer.from_matrix(matrix) if matrix.dim() == 2 else matrix
+
+    def product(x: Tensor) -> Tensor:
+        y = layer.quantized_input(x) @ stored()
+        return y if layer.bias is None else y + layer.bias
 
     setattr(layer, name, stored)
-    layer.__dict__["quantized_weight"] = values
+    methods = {"quantized_weight": values} | (
+        {"forward": product} if isinstance(layer, QuantLinear | QuantConv1D) and stored.is_turned else {}
+    )
+    vars(layer).update(methods)
     try:
         yield
     finally:
-        del layer.__dict__["quantized_weight"]
+        for method in methods:
+            del vars(layer)[method]
         setattr(layer, name, before)
