@@ -8,15 +8,25 @@ import transformers
 from lightning_qat.generation.skeleton import parameters_on_meta
 
 
+def transformers_class(name: str) -> type[transformers.PreTrainedModel]:
+    """The model class that a manifest names.
+
+    Raises:
+        ValueError: The installed version of transformers has no such model class.
+    """
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise ValueError(f"path: the manifest names the class {name!r}, which this version of transformers does not have")
+    return cls
+
+
 def build_transformers_model(folder: Path, class_name: str) -> Any:
     """An instance of a transformers model class for the config in `folder`.
 
     Raises:
         ValueError: transformers has no such model class, or the folder no valid config.
     """
-    cls = getattr(transformers, class_name, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise ValueError(f"path: the manifest names the class {class_name!r}, which this version of transformers does not have")
+    cls: Any = transformers_class(class_name)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:

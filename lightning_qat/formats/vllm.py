@@ -97,8 +97,9 @@ class VllmFormat(CompressedTensorsFormat):
     def check(self, job: Job) -> None:
         """Layers that stay in floating point, weights that the int8 kernel cannot multiply, and parts of a fused layer that differ."""
         super().check(job)
+        inputs = input_specs(job)
         for weight in layer_weights(job.model):
-            _check_layer(job, weight)
+            _check_layer(job, weight, weight.layer_name in inputs)
         _check_siblings(job)
 
     def compare(self, job: Job, loaded: Any) -> dict[str, Any]:
@@ -114,10 +115,9 @@ class VllmFormat(CompressedTensorsFormat):
         return 'from vllm import LLM\n\nmodel = LLM("folder")'
 
 
-def _check_layer(job: Job, weight: LayerWeight) -> None:
+def _check_layer(job: Job, weight: LayerWeight, has_input: bool) -> None:
     model: PreTrainedModel = job.model  # type: ignore[assignment]
     spec = None if weight.quantizer is None else weight.quantizer.spec
-    has_input = weight.layer_name in input_specs(job)
     if isinstance(weight.layer, nn.Embedding) or weight.layer is model.get_output_embeddings():
         if spec is not None or has_input:
             raise ValueError(

@@ -1,12 +1,14 @@
 """compressed-tensors: transformers loads the trained integers and computes what was trained, or the export is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learned import LearnedGain
 from models import gemma3, gpt2, inputs_of, llama, logits_of, mixtral, opt, qwen3, save_causal_lm, tied_llama, token_ids, vit
 from safetensors.torch import load_file, save_file
 from serving import in_half, quantized, wide_llama
@@ -18,6 +20,7 @@ from lightning_qat.formats.executed import difference
 from lightning_qat.modules import use_int8_forward
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.modules.weight_cache import cached_weights
+from lightning_qat.quantizers import quantizers
 from lightning_qat.quantizers.running_range import merge_ranges
 from lightning_qat.scheme import DEFAULT_EXCLUDE, Override
 
@@ -119,6 +122,16 @@ def test_running_ranges_of_inputs_are_written_as_scales(build, tmp_path):
     running = model.model.layers[0].mlp.up_proj.input_quantizer.running
     scale = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.input_scale"]
     torch.testing.assert_close(scale.float(), torch.maximum(-running.low, running.high) / 127, rtol=4e-3, atol=0)
+
+
+def test_learned_scales_of_inputs_are_written(tmp_path):
+    quantizers.add("learned-and-served", LearnedGain)
+    model = fitted(llama, QuantScheme(weight=W4, input=replace(STATIC, quantizer="learned-and-served")))
+    model.train()(token_ids())
+    merge_ranges(model.eval())
+    for name, parameter in model.named_parameters():
+        parameter.data += torch.rand(1) if name.endswith("gain") else 0
+    check_exact(model, export(model, tmp_path / "out", format=TARGET))
 
 
 # ---------------------------------------------------------------- what the file and the config say

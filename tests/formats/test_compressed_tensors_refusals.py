@@ -15,6 +15,13 @@ A8 = TensorSpec(bits=8, granularity="token", **HALF)
 STATIC = TensorSpec(bits=8, granularity="tensor", dynamic=False, code_range="full")
 KV4 = KVSpec(bits=4, **HALF)
 
+
+def float_norms():
+    model = in_half(llama)()
+    model.model.norm.float()
+    return model
+
+
 REFUSED = {
     "input-divisor": (llama, "w4a8", r"input.divisor: got 'qmax', executed is 'half_range'"),
     "input-code-range": (llama, "w4a8", r"input.code_range: got 'narrow', executed is 'full'"),
@@ -71,6 +78,11 @@ REFUSED = {
     "conv1d": (gpt2, "w4", "c_attn: it is a Conv1D"),
     "experts": (mixtral, "w4", r"model.layers.0.mlp.experts: it is a MixtralExperts.*exclude"),
     "float64": (lambda: llama().double(), "w4", "the model is in torch.float64, allowed are float32"),
+    "two-dtypes": (
+        float_norms,
+        QuantScheme(weight=TensorSpec(bits=4, scale_dtype="bfloat16")),
+        "model.norm.weight is in torch.float32 and most of the model in torch.bfloat16",
+    ),
     "no-transformers-model": (cnn, "w4", "writes models of transformers; CNN is none"),
 }
 

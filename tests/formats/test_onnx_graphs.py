@@ -104,8 +104,11 @@ def test_every_grid_of_weights_is_stored_in_the_fewest_bits(tmp_path):
         key, layer = f"layers.{name}", model.layers[name]
         assert types[f"{key}.codes"] == kind, name
         codes, scale = arrays[f"{key}.codes"].astype(np.float32), arrays[f"{key}.scale"]
+        is_turned = spec.zero_point == "integer"  # [in, out], the factor of a product
         assert list(nodes[key].input[:2]) == [f"{key}.codes", f"{key}.scale"]
         zero = arrays.get(f"{key}.zero_point", np.float32(0)).astype(np.float32)
+        if is_turned:
+            codes, scale, zero = codes.T, scale.T, zero.T
         if scale.ndim == 2:
             scale, zero = scale.repeat(4, 1), zero.repeat(4, 1) if zero.ndim else zero
         elif scale.ndim == 1:

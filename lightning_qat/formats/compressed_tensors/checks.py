@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from lightning_qat.formats.base import Job
+from lightning_qat.formats.company import model_dtype
 from lightning_qat.formats.compressed_tensors.layout import input_specs, quantized_kv
 from lightning_qat.formats.executed import outputs_of
+from lightning_qat.modules import named_quantizers
 from lightning_qat.modules.kv import is_attention
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.modules.weights import layer_weights
@@ -23,8 +25,9 @@ def check_layers(job: Job, name: str) -> None:
     Raises:
         ValueError: Another kind of layer, or a quantized weight that two layers share.
     """
+    inputs = input_specs(job)
     for place, layer in quant_layers(job.model):
-        quantized = any(getattr(layer, f"{weight}_quantizer") is not None for weight in layer.weight_names) or place in input_specs(job)
+        quantized = any(getattr(layer, f"{weight}_quantizer") is not None for weight in layer.weight_names) or place in inputs
         if quantized and layer.float_type not in (nn.Linear, nn.Embedding):
             raise ValueError(
                 f"format {name!r} cannot express {place}: it is a {layer.float_type.__name__}, and compressed-tensors stores layers of "
@@ -44,10 +47,25 @@ def check_layers(job: Job, name: str) -> None:
             )
 
 
-def check_dtype(dtype: torch.dtype, name: str) -> None:
-    """Refuse dtypes that scales and values cannot be computed in exactly."""
+def check_dtypes(job: Job, name: str) -> None:
+    """One dtype, which scales and values can be computed in exactly: transformers casts all that it loads.
+
+    Raises:
+        ValueError: Another dtype, or several, but for what transformers itself keeps in float32.
+    """
+    model: Any = job.model
+    dtype = model_dtype(model)
     if dtype not in DTYPES:
         raise ValueError(f"format {name!r}: the model is in {dtype}, allowed are float32, bfloat16 and float16; cast it and train on")
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    quantizers = tuple(f"{place}." for place, _ in named_quantizers(model))
+    for key, parameter in model.named_parameters():
+        own = key.startswith(quantizers) or not parameter.is_floating_point() or any(part in key for part in kept)
+        if parameter.dtype != dtype and not own:
+            raise ValueError(
+                f"format {name!r}: {key} is in {parameter.dtype} and most of the model in {dtype}; transformers loads everything in one "
+                "dtype, so cast the model to one and train on"
+            )
 
 
 def check_static_inputs(job: Job, name: str) -> None:

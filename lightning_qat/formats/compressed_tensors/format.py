@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,6 +25,7 @@ from lightning_qat.formats.compressed_tensors.layout import (
     weight_tensors,
 )
 from lightning_qat.formats.executed import outputs_of
+from lightning_qat.formats.skeleton import transformers_class
 from lightning_qat.formats.verification import compare_outputs, compare_weights, weights_to_store
 from lightning_qat.runtime import Runtime, rule, runtimes
 from lightning_qat.scheme import PRESETS, QuantScheme
@@ -96,7 +96,7 @@ class CompressedTensorsFormat(Format):
 
     def check(self, job: Job) -> None:
         """Kinds of layers, tied weights, axes of inputs, positions of keys and values."""
-        checks.check_dtype(model_dtype(job.model), self.name)
+        checks.check_dtypes(job, self.name)
         checks.check_layers(job, self.name)
         checks.check_static_inputs(job, self.name)
         checks.check_kv(job, self.name)
@@ -153,9 +153,7 @@ class CompressedTensorsFormat(Format):
 
     def load(self, folder: Path, manifest: dict[str, Any], model: nn.Module | None = None) -> Any:
         """By `from_pretrained` of the model's class; `model` is an instance of it where transformers does not have it."""
-        cls: Any = type(model) if model is not None else getattr(transformers, manifest["model"]["class"], None)
-        if cls is None:
-            raise ValueError(f"model: transformers has no {manifest['model']['class']}; pass an instance of your class")
+        cls: Any = transformers_class(manifest["model"]["class"]) if model is None else type(model)
         loaded, info = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True)
         reading.check_loading(info)
         return loaded.eval()

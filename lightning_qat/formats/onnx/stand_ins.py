@@ -71,7 +71,7 @@ class StoredWeight(nn.Module):
         values = torch.onnx.ops.symbolic(
             "DequantizeLinear",
             inputs,
-            attributes if self.scale.dim() else None,
+            attributes,
             dtype=self.scale.dtype,
             shape=self.codes.shape,
             metadata_props={NAME: self.name},
@@ -236,9 +236,8 @@ def _weight_from(weight: LayerWeight, stored: StoredWeight) -> Iterator[None]:
         return y if layer.bias is None else y + layer.bias
 
     setattr(layer, name, stored)
-    methods = {"quantized_weight": values} | (
-        {"forward": product} if isinstance(layer, QuantLinear | QuantConv1D) and stored.is_turned else {}
-    )
+    is_product = isinstance(layer, QuantLinear | QuantConv1D) and stored.is_turned
+    methods = {"quantized_weight": values} | ({"forward": product} if is_product else {})
     vars(layer).update(methods)
     try:
         yield
