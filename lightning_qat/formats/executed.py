@@ -104,8 +104,9 @@ def executing(model: nn.Module, fit: Fit) -> Iterator[None]:
             if weight.name in fit.scale_dtypes:
                 packed = _with_rounded_scales(weight, fit.scale_dtypes[weight.name])
                 stack.enter_context(_with(weight.layer, **{f"{weight.parameter}_quantizer": packed}))
-        for owner, name, buffer in _computed_anew(model):
-            stack.enter_context(_with(owner, **{name: buffer}))
+        for full_name, buffer in computed_anew(model).items():
+            owner, _, name = full_name.rpartition(".")
+            stack.enter_context(_with(model.get_submodule(owner), **{name: buffer}))
         yield
 
 
@@ -150,19 +151,15 @@ def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name not in kept and buffer.is_floating_point()}
 
 
-def _computed_anew(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """What a runtime that loads the model computes itself: (owner, name, value) of each buffer that differs from it now."""
+def computed_anew(model: nn.Module) -> dict[str, Tensor]:
+    """What a runtime that loads the model computes itself: the buffers that differ from it now."""
     here = computed_buffers(model)
     if not isinstance(model, PreTrainedModel) or not here:
-        return []
+        return {}
     with parameters_on_meta():
-        fresh = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
-    changed = []
-    for name, buffer in here.items():
-        if name in fresh and not torch.equal(fresh[name].to(buffer.device), buffer):
-            owner, _, attribute = name.rpartition(".")
-            changed.append((model.get_submodule(owner), attribute, fresh[name].to(buffer.device)))
-    return changed
+        buffers = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
+    fresh = {name: buffers[name].to(buffer.device) for name, buffer in here.items() if name in buffers}
+    return {name: buffer for name, buffer in fresh.items() if not torch.equal(buffer, here[name])}
 
 
 def difference(trained: Tensor, executed: Tensor) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from lightning_qat.formats.base import Format, Job, check_packages, formats
 from lightning_qat.formats.card import check_results, write_card
 from lightning_qat.formats.company import find_tokenizer
-from lightning_qat.formats.executed import difference, example_for, executing, outputs_of
+from lightning_qat.formats.executed import computed_anew, difference, example_for, executing, outputs_of
 from lightning_qat.formats.fitting import Fit, check_drop, fit_model
 from lightning_qat.formats.hub import check_hub, push
 from lightning_qat.formats.manifest import MANIFEST, write_manifest
@@ -152,9 +153,16 @@ def _prepare(
             raise ValueError(f"drop, inexact: got drop={drop!r}, inexact={inexact}; {writer.name!r} expresses everything exactly")
         fit = Fit(inputs={}, kv={}, scale_dtypes={})
     else:
-        fit = fit_model(model, writer.runtime, writer.name, writer.scale_dtype(model), drop, inexact)
+        fit = _with_fresh_buffers(model, fit_model(model, writer.runtime, writer.name, writer.scale_dtype(model), drop, inexact))
     found = find_tokenizer(whole, model, tokenizer)
     return Job(model=model, scheme=scheme, fit=fit, tokenizer=found, example=example_for(model, example_inputs), results=results)
+
+
+def _with_fresh_buffers(model: nn.Module, fit: Fit) -> Fit:
+    """A model cast to bf16 has rounded rotary tables, which no file holds: runtimes compute them anew, and that is a difference."""
+    fresh = sorted(computed_anew(model))
+    notes = [f"buffers: {fresh[0]} is computed anew, not rounded as in the trained model"] if fresh else []
+    return replace(fit, notes=(*fit.notes, *notes))
 
 
 def _written_part(whole: nn.Module, writer: Format) -> nn.Module:

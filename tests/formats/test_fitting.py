@@ -1,12 +1,13 @@
 """Whether a runtime executes what was trained, and what a model computes when it is made to."""
 
 import copy
+import json
 
 import pytest
 import torch
 from models import llama, logits_of
 
-from lightning_qat import KVSpec, QuantScheme, TensorSpec, fake_quantize, insert_quantizers
+from lightning_qat import KVSpec, QuantScheme, TensorSpec, export, fake_quantize, insert_quantizers
 from lightning_qat.formats.codes import integer_weights
 from lightning_qat.formats.executed import difference, example_for, executing, outputs_of
 from lightning_qat.formats.fitting import fit_model
@@ -160,6 +161,17 @@ def test_rotary_tables_are_those_that_a_loading_runtime_computes():
     with executing(model, fit(model)):
         assert torch.equal(logits_of(model), logits_of(whole))
     assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+
+
+def test_rounded_rotary_tables_are_a_difference_that_is_measured(tmp_path):
+    scheme = QuantScheme(weight=TensorSpec(bits=4, scale_dtype="bfloat16"))
+    manifests = []
+    for name, model in (("rounded", quantized(scheme).bfloat16()), ("kept", quantized(scheme, torch.bfloat16))):
+        folder = export(model, tmp_path / name, format="compressed-tensors")
+        manifests.append(json.loads((folder / "manifest.json").read_text()))
+    assert manifests[0]["notes"] == ["buffers: model.rotary_emb.inv_freq is computed anew, not rounded as in the trained model"]
+    assert manifests[0]["difference"]["max_abs"] > 0
+    assert (manifests[1]["notes"], manifests[1]["difference"]) == ([], None)
 
 
 def test_what_was_swapped_comes_back_after_an_error():
