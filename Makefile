@@ -7,7 +7,7 @@ DOCS_STAMP := $(VENV)/docs-installed
 EXTRAS_STAMP := $(VENV)/extras-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check bench bench-gpu bench-generation bench-memory bench-recipe docs clean
+.PHONY: help install demo test test-all check bench bench-gpu bench-generation bench-memory bench-export bench-recipe docs clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ bench-generation: $(STAMP) ## tokens per second of generation, and training from
 bench-memory: $(STAMP) ## memory of the loss, of a distillation step, and of LoRA (about 20 minutes)
 	$(BIN)/python -m benchmarks.loss_memory
 	$(BIN)/python -m benchmarks.lora_memory
+
+bench-export: $(STAMP) ## every scheme in every export format: what differs after reload, sizes, refusals (about 5 minutes)
+	$(BIN)/python -m benchmarks.export_table
 
 bench-recipe: $(STAMP) ## LLM-QAT against the reference recipe, three seeds (about 35 minutes on 2 cores)
 	$(BIN)/python benchmarks/reference_recipe.py

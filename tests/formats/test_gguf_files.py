@@ -243,7 +243,7 @@ def test_dropped_parts_and_rounded_scales_are_measured(tokenizer, tmp_path):
         (small_llama, QuantScheme(weight=half(8, symmetric=False)), r"weight.symmetric: got False"),
         (lambda: small_llama(intermediate_size=48), QuantScheme(weight=half(4)), r"down_proj: has 48 inputs.*exclude=\('down_proj',\)"),
     ],
-    ids=["token-inputs", "inputs-only", "inputs-of-k", "g16", "w8-zero", "width"],
+    ids=["token-inputs", "inputs-only", "inputs-of-k", "inputs-of-q4_1", "g16", "w8-zero", "width"],
 )
 def test_schemes_that_do_not_fit_are_refused(build, scheme, message, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=message):

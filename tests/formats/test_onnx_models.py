@@ -11,8 +11,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from lightning_qat import KVSpec, QuantizationCallback, QuantScheme, TensorSpec, export, insert_quantizers, load_quantized
-from lightning_qat.evaluation import score_text
-from lightning_qat.generation import load_causal_lm
+from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_windows
+from lightning_qat.generation import load_causal_lm, load_tokenizer
 from lightning_qat.quantizers.running_range import merge_ranges
 from lightning_qat.scheme import Override
 
@@ -136,8 +136,9 @@ def test_fifty_steps_of_the_preset(network, shape, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["onnx-w8a8", "w4a8kv4"])
-def test_fifty_steps_of_the_teacher(scheme, tmp_path):
+@pytest.mark.parametrize(("scheme", "allowed"), [("w4g32", 1e-6), ("onnx-w8a8", 5e-3), ("w4a8kv4", 5e-3)])
+def test_fifty_steps_of_the_teacher(scheme, allowed, tmp_path):
+    """Perplexity of a real text; with quantized activations it moves with the roundings that fall on the other side."""
     model = load_causal_lm("tiny-teacher")
     insert_quantizers(model, scheme)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -150,9 +151,9 @@ def test_fifty_steps_of_the_teacher(scheme, tmp_path):
         merge_ranges(model)
     folder, manifest = exported(model.eval(), tmp_path, tokenizer="tiny-teacher")
     assert manifest["verification"]["activations_different"] == 0
-    windows = [torch.randint(model.config.vocab_size, (40,)) for _ in range(6)]
+    windows = text_windows(load_tokenizer("tiny-teacher"), read_documents(HELD_OUT), 128)[:40]
     mine, theirs = score_text(model, windows).perplexity, score_text(load_quantized(folder), windows).perplexity
-    assert theirs == pytest.approx(mine, rel=1e-4)
+    assert theirs == pytest.approx(mine, rel=allowed)
 
 
 MODELS = {
@@ -268,11 +269,10 @@ def test_without_the_setting_biases_are_rounded(tmp_path):
     model = quantized(lambda: network, "onnx-w8a8", images)
     folder, manifest = exported(model, tmp_path, example_inputs=images)
     expected, feed = model(images).detach(), {"input": images.numpy()}
-    far = expected.abs().max() * 1e-4
-    rounded = ((outputs(folder, feed) - expected).abs() > far).float().mean()
-    exact = ((outputs(folder, feed, manifest["onnxruntime"]["disabled_optimizers"]) - expected).abs() > far).float().mean()
-    assert exact < rounded
-    assert rounded < 0.05
+    far = expected.abs().max() * 1e-5
+    exact = outputs(folder, feed, manifest["onnxruntime"]["disabled_optimizers"])
+    assert ((outputs(folder, feed) - expected).abs() > far).float().mean() > 0.01
+    assert ((exact - expected).abs() > far).float().mean() < 0.001
 
 
 @pytest.mark.slow

@@ -173,6 +173,11 @@ def _check_inputs(job: Job, weights: dict[str, IntegerWeight]) -> None:
                 f"{name}: has quantized inputs and a floating-point weight, whose inputs llama.cpp leaves alone; use drop=('input',)"
             )
         kind = block_type(weights[name])
+        if kind.form == "shifted":
+            raise ValueError(
+                f"{name}: llama.cpp rounds sums of the inputs of {kind.name} weights to fp16, which no spec of inputs says; train the weight "
+                "with zero_point='integer', or export with drop=('input',)"
+            )
         if kind.size != spec.group_size:
             raise ValueError(
                 f"{name}: input.group_size: got {spec.group_size}, llama.cpp quantizes inputs of {kind.name} weights in groups of "
