@@ -1,6 +1,6 @@
 """What each format makes of each scheme: codes and scales after reload, logits, size, or why it refuses.
 
-python -m benchmarks.export_table                # CPU, about 5 minutes; writes docs/results/export-table.{json,md}
+python -m benchmarks.export_table                # CPU, about 5 minutes on one core; writes docs/results/export-table.{json,md}
 python -m benchmarks.export_table --schemes w4 w8a8 --formats native torchao --out runs/bench
 
 A small Llama with random weights and the bundled tokenizer. Each scheme is exported as it is written, and once more with the conventions of
@@ -83,10 +83,12 @@ def page(result: dict[str, Any]) -> Iterator[str]:
     yield f"```bash\n{result['command']}\n```\n"
     yield f"Run on {result['date']}: {device['cpu']}, {device['cpu_threads']} CPU threads."
     yield f"{', '.join(f'{name} {version}' for name, version in versions.items() if version)}.\n"
-    yield "A random Llama (2 layers, hidden 256) with the bundled tokenizer, in fp32. A cell says how many codes / scales differ after reload with"
-    yield "the runtime's own library, the largest difference of logits to the fake-quantized model, and all files as a multiple of the nominal"
-    yield "size (codes, scales, zero points, and every other tensor as it is; most of it are embeddings and head in fp32, so ratios lie near 1)."
-    yield "Where there is a number in brackets, the export refuses the scheme: see below."
+    yield (
+        "A random Llama (2 layers, hidden 256) with the bundled tokenizer, in fp32. A cell: how many codes / scales differ after reload "
+        "with the runtime's own library, the largest difference of logits to the fake-quantized model, and all files as a multiple of the "
+        "nominal size (codes, scales, zero points, and every other tensor as it is; most of it are embeddings and head in fp32, so ratios "
+        "lie near 1). A number in brackets is a refusal, see below."
+    )
     refused: dict[str, int] = {}
     for fitted in (False, True):
         yield f"\n## {'With the conventions of the format' if fitted else 'As written'}\n"

@@ -17,7 +17,7 @@ from lightning_qat.specs import KVSpec, TensorSpec
 Part = Literal["weight", "input", "kv"]
 Spec = TypeVar("Spec", TensorSpec, KVSpec)
 PARTS: tuple[Part, ...] = ("weight", "input", "kv")
-CONVENTIONS = ("code_range", "divisor", "scale_dtype", "round_via", "arithmetic")
+CONVENTIONS = ("code_range", "divisor", "scale_dtype", "scale_rounding", "round_via", "arithmetic")
 
 
 class Misfit(NamedTuple):

@@ -20,6 +20,7 @@ Divisor = Literal["qmax", "half_range"]
 ScaleDtype = Literal["float32", "bfloat16", "float16"]
 RoundVia = Literal["divide", "reciprocal"]
 Arithmetic = Literal["float32", "input"]
+ScaleRounding = Literal["before", "after"]
 SCALE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
@@ -73,7 +74,9 @@ class TensorSpec:
         code_range: ``narrow`` leaves out the most negative code (-7..7 at 4 bits), ``full`` keeps it (-8..7), ``unsigned`` is 0..15, for
             tensors that are never negative.
         divisor: Largest magnitude over ``qmax`` (7 at 4 bits, 127 at 8) or over half the range (7.5, 127.5).
-        scale_dtype: The scale is rounded to this type before codes are computed.
+        scale_dtype: The type that scales are stored in; they are rounded to it.
+        scale_rounding: ``before``: codes are computed with the rounded scale; ``after``: with the scale in at least fp32, and only their
+            values with the rounded one, as llama.cpp does. For symmetric grids with a half-precision `scale_dtype`.
         round_via: ``divide`` computes x / scale, ``reciprocal`` computes x * (1 / scale); they differ by an ulp.
         arithmetic: ``float32`` computes in at least fp32; ``input`` in the dtype of the tensor, as some runtimes do: of bf16 and fp16
             tensors the scale (rounded to `scale_dtype` first) and each quotient are rounded to it. Symmetric grids only.
@@ -92,6 +95,7 @@ class TensorSpec:
     code_range: CodeRange = "narrow"
     divisor: Divisor = "qmax"
     scale_dtype: ScaleDtype = "float32"
+    scale_rounding: ScaleRounding = "before"
     round_via: RoundVia = "divide"
     arithmetic: Arithmetic = "float32"
 
@@ -105,6 +109,7 @@ class TensorSpec:
         _choose("TensorSpec", "code_range", self.code_range, ("narrow", "full", "unsigned"))
         _choose("TensorSpec", "divisor", self.divisor, ("qmax", "half_range"))
         _choose("TensorSpec", "scale_dtype", self.scale_dtype, tuple(SCALE_BITS))
+        _choose("TensorSpec", "scale_rounding", self.scale_rounding, ("before", "after"))
         _choose("TensorSpec", "round_via", self.round_via, ("divide", "reciprocal"))
         _choose("TensorSpec", "arithmetic", self.arithmetic, ("float32", "input"))
         if (self.granularity == "group") != (self.group_size is not None):
@@ -122,11 +127,24 @@ class TensorSpec:
             raise ValueError(
                 "TensorSpec.arithmetic: got 'input' with symmetric=False, whose zero points are computed in fp32 only; use 'float32'"
             )
+        if self.scale_rounding == "after":
+            self._check_late_rounding()
         if not self.dynamic and self.granularity != "tensor":
             raise ValueError(
                 f"TensorSpec.dynamic: got False with granularity={self.granularity!r}; a running range is kept per 'tensor' only"
             )
         object.__setattr__(self, "options", Options(self.options) if self.options else None)
+
+    def _check_late_rounding(self) -> None:
+        for field, wrong, why in (
+            ("scale_dtype", "float32", "which rounds no scale; use 'float16' or 'bfloat16'"),
+            ("symmetric", False, "whose zero points are computed with the rounded scale only; use symmetric=True"),
+            ("arithmetic", "input", "which rounds the scale to the dtype of the tensor first; use arithmetic='float32'"),
+        ):
+            if getattr(self, field) == wrong:
+                raise ValueError(
+                    f"TensorSpec.scale_rounding: got 'after' with {field}={wrong!r}, {why}, or scale_rounding='before'"
+                )
 
     @property
     def is_off(self) -> bool:
@@ -142,7 +160,8 @@ class TensorSpec:
 
     def scales_in(self, rows: int, columns: int) -> int:
         """How many scales a matrix of `rows` x `columns` needs."""
-        per = {"tensor": 1, "group": rows * (columns // (self.group_size or 1))}
+        channels = columns if self.axis in (1, -1) else rows
+        per = {"tensor": 1, "group": rows * (columns // (self.group_size or 1)), "channel": channels}
         return per.get(self.granularity, rows)
 
     def storage_bits(self, rows: int, columns: int) -> int:
@@ -156,8 +175,8 @@ class TensorSpec:
 class KVSpec:
     """How keys and values of attention are quantized (LLM-QAT, section 3.3).
 
-    `quantizer`, `symmetric`, `zero_point`, `code_range`, `divisor`, `scale_dtype`, `round_via` and `arithmetic` are those of
-    :class:`TensorSpec`.
+    `quantizer`, `symmetric`, `zero_point`, `code_range`, `divisor`, `scale_dtype`, `scale_rounding`, `round_via` and
+    `arithmetic` are those of :class:`TensorSpec`.
 
     Args:
         bits: Bits per code, 2 to 8; 16 or None turns quantization off.
@@ -176,6 +195,7 @@ class KVSpec:
     code_range: CodeRange = "narrow"
     divisor: Divisor = "qmax"
     scale_dtype: ScaleDtype = "float32"
+    scale_rounding: ScaleRounding = "before"
     round_via: RoundVia = "divide"
     arithmetic: Arithmetic = "float32"
 

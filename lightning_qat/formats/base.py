@@ -88,7 +88,7 @@ class Format(ABC):
         """
 
     def usage(self, job: Job) -> str:
-        """Lines of Python for the model card that load the folder, called ``"folder"`` in them; a target shows its runtime's own library."""
+        """Lines of Python for the model card that load the folder, called ``"folder"`` in them, with the runtime's own library."""
         own = "" if isinstance(job.model, PreTrainedModel) else ", model=MyModel()"
         return f'from lightning_qat import load_quantized\n\nmodel = load_quantized("folder"{own})'
 

@@ -120,7 +120,7 @@ def _in_words(spec: Any) -> str:
     words = [f"{spec.bits} bits", f"one scale per {per}", "symmetric" if spec.symmetric else f"asymmetric, {spec.zero_point} zero point"]
     words += [spec.position.replace("_rope", "-RoPE")] if hasattr(spec, "position") else []
     words += [] if getattr(spec, "dynamic", True) else ["static range"]
-    conventions = ("quantizer", "code_range", "divisor", "scale_dtype", "round_via", "arithmetic")
+    conventions = ("quantizer", "code_range", "divisor", "scale_dtype", "scale_rounding", "round_via", "arithmetic")
     return ", ".join([*words, *(f"{name} {getattr(spec, name)}" for name in conventions)])
 
 

@@ -52,8 +52,9 @@ def _check_layer(name: str, layer: dict[str, Any], tensors: dict[str, Tensor]) -
         raise ValueError(f"{name}: dtype: got {layer['dtype']!r}, expected one of {DTYPES}")
     scales = tensors[f"{name}.scale"]
     expected = {"packed": (torch.uint8, rows * packed_columns(columns, spec.code_bits))}
-    if spec.axis in (None, 0):
-        expected["scale"] = (scales.dtype, spec.scales_in(rows, columns))
+    expected["scale"] = (scales.dtype, spec.scales_in(rows, columns))
+    if spec.axis not in (None, 0, 1, -1, -2):
+        raise ValueError(f"{name}: axis: got {spec.axis}, a matrix has two")
     if not spec.symmetric:
         is_value = spec.zero_point == "float"
         expected["zero_point"] = (

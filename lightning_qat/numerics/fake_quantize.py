@@ -127,7 +127,7 @@ def quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
         zero_point = zero_point.to(torch.int16) if grid.zero == "integer" else zero_point
     return QuantizedTensor(
         codes=blocking.join(codes.to(grid.code_dtype), x.shape),
-        scale=scale.detach().squeeze(-1),
+        scale=grid.scale_of_values(scale.detach()).squeeze(-1),
         zero_point=zero_point,
         grid=grid,
         blocking=blocking,

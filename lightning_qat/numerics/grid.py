@@ -8,7 +8,8 @@
 Rounding is half to even. `offset` is 0 for integer grids and 1/2 for the grids without a zero (the +-0.5 and +-1.5 levels of LLM-QAT's
 2-bit weights). ``float`` is the form of LLM-QAT's reference code and of GGUF's Q4_1: the zero point is a value, not a code. Everything
 runs in at least fp32 whatever the dtype of `x`, with a true division; values are cast last. Runtimes that compute in bf16 or fp16 round the
-scale and the quotient on the way, which ``arithmetic="input"`` repeats. What is trained, converted and exported goes through these
+scale and the quotient on the way, which ``arithmetic="input"`` repeats. With ``scale_rounding="after"`` the scale of the codes is not
+rounded yet, :func:`decode` rounds it. What is trained, converted and exported goes through these
 functions and no other.
 """
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.numerics.blocks import Blocking
-from lightning_qat.numerics.precision import rounded
+from lightning_qat.numerics.precision import SCALE_DTYPES, rounded, saturated
 
 Zero = Literal["none", "integer", "float"]
 
@@ -34,12 +35,13 @@ class Grid:
         divisor: The range (largest magnitude, or ``high - low`` where there is a zero point) is this many steps.
         offset: What is added to a code before scaling: 0, or 0.5 for grids without a zero.
         zero: What a zero point is: absent, a code, or a value.
-        scale_dtype: Scales (and ``float`` zero points) are rounded to this type before codes are computed.
+        scale_dtype: Scales (and ``float`` zero points) are rounded to this type.
+        scale_rounding: When: ``before`` codes are computed, or ``after``, so that only values see the rounded scale.
         round_via: ``divide`` by the scale, or multiply by its ``reciprocal``.
         arithmetic: ``float32``, or ``input``: scale, reciprocal and quotient are rounded to the dtype of a bf16 or fp16 tensor.
 
     Raises:
-        ValueError: ``input`` on a grid with a zero point or an offset.
+        ValueError: ``input`` or ``after`` on a grid with a zero point or an offset, or both together.
     """
 
     qmin: int
@@ -48,6 +50,7 @@ class Grid:
     offset: float = 0.0
     zero: Zero = "none"
     scale_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    scale_rounding: Literal["before", "after"] = "before"
     round_via: Literal["divide", "reciprocal"] = "divide"
     arithmetic: Literal["float32", "input"] = "float32"
 
@@ -56,6 +59,11 @@ class Grid:
             raise ValueError(
                 f"Grid.arithmetic: got 'input' with zero={self.zero!r} and offset={self.offset}; allowed on grids without a zero "
                 "point and without an offset, others compute in 'float32'"
+            )
+        if self.scale_rounding == "after" and (self.zero != "none" or self.offset or self.arithmetic == "input"):
+            raise ValueError(
+                f"Grid.scale_rounding: got 'after' with zero={self.zero!r}, offset={self.offset} and arithmetic={self.arithmetic!r}; "
+                "allowed on grids without a zero point and without an offset that compute in 'float32', others round 'before'"
             )
 
     @property
@@ -72,6 +80,10 @@ class Grid:
         """What scales and quotients of a tensor of `dtype` are rounded to; None where they stay as they are, in fp32 or wider."""
         return dtype if self.arithmetic == "input" and dtype.itemsize < torch.float32.itemsize else None
 
+    def scale_of_values(self, scale: Tensor) -> Tensor:
+        """The scale that codes are multiplied with, of the one they were computed with; of itself it is the same."""
+        return saturated(scale, SCALE_DTYPES[self.scale_dtype]) if self.scale_rounding == "after" else scale
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTensor:
@@ -79,7 +91,7 @@ class QuantizedTensor:
 
     Args:
         codes: int8 (uint8 for unsigned 8-bit grids), shape of the quantized tensor.
-        scale: At least fp32, one element per block, shape as :class:`~lightning_qat.numerics.blocks.Blocking` tells.
+        scale: At least fp32, the one that values have, one element per block, shape as :class:`~lightning_qat.numerics.blocks.Blocking` tells.
         zero_point: Like `scale`; int16 where it is a code, of the scale's dtype where it is a value, None on grids without.
         grid: The integers and the offset.
         blocking: Which codes share a scale.
@@ -127,6 +139,7 @@ def encode(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> T
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     """Values of codes in the dtype of the scale, shape of `codes`."""
+    scale = grid.scale_of_values(scale)
     values = codes.to(scale.dtype)
     if grid.zero == "float":
         assert zero_point is not None

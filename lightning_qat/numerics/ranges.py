@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_qat.numerics.grid import Grid
-from lightning_qat.numerics.precision import rounded
-
-SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from lightning_qat.numerics.precision import SCALE_DTYPES as SCALE_DTYPES
+from lightning_qat.numerics.precision import saturated
 
 
 class RangeFinder(Protocol):
@@ -80,12 +79,12 @@ def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dty
         dtype: Dtype of the tensor that is quantized, which some grids compute in.
 
     Returns:
-        Of the shape and dtype of the ranges; NaN where a range is not finite, so that its values are NaN and never a wrong number.
+        Of the shape and dtype of the ranges, the scale as codes are computed with it; NaN where a range is not finite, so that its values are NaN and never a wrong number.
     """
     high = torch.where(low.isfinite(), high, low)
     if grid.zero == "none":
         scale, computed = _stored(_step(high, grid.divisor), grid), grid.computed_in(dtype)
-        return scale if computed is None else _saturated(scale, computed), None
+        return scale if computed is None else saturated(scale, computed), None
     if grid.zero == "float":
         # codes * scale reaches high - low: a range whose width is not a float has no such grid, and becomes NaN.
         return _stored(_step(high - low, grid.divisor), grid), _stored(low, grid)
@@ -105,11 +104,5 @@ def _step(magnitude: Tensor, divisor: float) -> Tensor:
 
 
 def _stored(values: Tensor, grid: Grid) -> Tensor:
-    """Rounded to the dtype they are stored in, returned in their own."""
-    return values if grid.scale_dtype == "float32" else _saturated(values, SCALE_DTYPES[grid.scale_dtype])
-
-
-def _saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to `dtype`; what overflows there saturates, codes then clip."""
-    limit = torch.finfo(dtype).max
-    return rounded(torch.where(values.isnan(), values, values.clamp(-limit, limit)), dtype)
+    """Rounded to the dtype they are stored in, returned in their own; left alone where that comes after the codes."""
+    return values if grid.scale_dtype == "float32" or grid.scale_rounding == "after" else saturated(values, SCALE_DTYPES[grid.scale_dtype])

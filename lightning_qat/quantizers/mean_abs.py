@@ -28,7 +28,8 @@ class MeanAbsQuantizer(Quantizer):
             raise ValueError("TensorSpec.divisor: got 'half_range' with quantizer 'mean_abs', which divides by nothing; use 'qmax'")
         if not spec.symmetric:
             raise ValueError("TensorSpec.symmetric: got False with quantizer 'mean_abs', whose levels are symmetric; use True")
-        for field, expected in (("code_range", "narrow"), ("range_finder", "absmax"), ("dynamic", True), ("arithmetic", "float32")):
+        fixed = {"code_range": "narrow", "range_finder": "absmax", "dynamic": True, "arithmetic": "float32", "scale_rounding": "before"}
+        for field, expected in fixed.items():
             if (got := getattr(spec, field)) != expected:
                 raise ValueError(f"TensorSpec.{field}: got {got!r} with quantizer 'mean_abs', allowed is {expected!r}; or use 'minmax'")
         step = 2 if bits == 1 else 1  # in units of m

@@ -66,7 +66,8 @@ class MinMaxQuantizer(Quantizer):
         unsigned = spec.code_range == "unsigned" or not spec.symmetric
         if unsigned and spec.divisor != "qmax":
             raise ValueError("TensorSpec.divisor: got 'half_range' on unsigned codes, whose range is divided by 2^bits - 1; use 'qmax'")
-        settings: dict[str, Any] = {name: getattr(spec, name) for name in ("scale_dtype", "round_via", "arithmetic")}
+        conventions = ("scale_dtype", "scale_rounding", "round_via", "arithmetic")
+        settings: dict[str, Any] = {name: getattr(spec, name) for name in conventions}
         settings["zero"] = "none" if spec.symmetric else spec.zero_point
         if unsigned:
             return Grid(qmin=0, qmax=2**bits - 1, divisor=2**bits - 1, **settings)

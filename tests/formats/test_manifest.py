@@ -10,7 +10,7 @@ from pathlib import Path
 import manifests
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import character_tokenizer, cnn, llama, logits_of, tied_llama
 from safetensors.torch import load_file, save_file
@@ -61,6 +61,14 @@ def test_sizes_do_not_depend_on_whether_weights_are_packed(build, tmp_path):
     model = quantized(build, "w3")
     loaded = load_quantized(export(model, tmp_path / "out"), model=None if build is llama else build())
     assert sizes(loaded) == sizes(model)
+
+
+def test_scales_along_the_inputs_are_counted_by_inputs(tmp_path):
+    model = quantized(cnn, QuantScheme(weight=TensorSpec(bits=4, axis=1)))
+    columns = 3 * 9 + 9 + 8  # stem, depthwise, classifier
+    weights = 8 * 27 + 8 * 9 + 4 * 8
+    assert sizes(model)["quantized_bits"] == 4 * weights + 32 * columns
+    assert torch.equal(logits_of(load_quantized(export(model, tmp_path / "out"), model=cnn())), logits_of(model))
 
 
 def test_without_quantized_weights_there_are_no_effective_bits():
@@ -205,6 +213,8 @@ def victim(tmp_path_factory):
     return folder, manifest, [path for path in places_in({key: manifest[key] for key in LOADED}) if path]
 
 
+@example(number=177, junk=2**70, gone=False)
+@example(number=177, junk=-1, gone=False)
 @settings(deadline=None, max_examples=250)
 @given(number=st.integers(0, 10**6), junk=JUNK, gone=st.booleans())
 def test_any_entry_may_be_wrong(number, junk, gone, victim):

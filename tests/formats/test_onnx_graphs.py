@@ -40,14 +40,18 @@ INPUTS = {  # spec, whether QuantizeLinear makes the codes
     "token": (TensorSpec(bits=8, granularity="token"), False),
     "token_half_range": (TensorSpec(bits=4, granularity="token", code_range="full", divisor="half_range"), False),
     "token_reciprocal": (TensorSpec(bits=8, granularity="token", round_via="reciprocal"), False),
-    "token_asymmetric": (TensorSpec(bits=8, granularity="token", symmetric=False), False),
-    "token_bf16_scale": (TensorSpec(bits=8, granularity="token", scale_dtype="bfloat16"), False),
     "group": (TensorSpec(bits=8, **GROUPS), False),
     "tensor": (TensorSpec(bits=8, granularity="tensor"), False),
     "static": (TensorSpec(**STATIC), True),
     "static_full": (TensorSpec(**STATIC, code_range="full"), True),
     "static_asymmetric": (TensorSpec(**STATIC, symmetric=False), True),
     "static_narrow": (TensorSpec(**STATIC | {"bits": 3}, symmetric=False), True),
+}
+TRACED = {  # on the very formula of training, which takes longer
+    "token_asymmetric": (TensorSpec(bits=8, granularity="token", symmetric=False), False),
+    "token_value": (TensorSpec(bits=4, granularity="token", symmetric=False, zero_point="float"), False),
+    "token_unsigned": (TensorSpec(bits=8, granularity="token", code_range="unsigned"), False),
+    "token_bf16_scale": (TensorSpec(bits=8, granularity="token", scale_dtype="bfloat16"), False),
     "static_reciprocal": (TensorSpec(**STATIC, round_via="reciprocal"), False),
     "static_value": (TensorSpec(**STATIC, symmetric=False, zero_point="float"), False),
 }
@@ -125,16 +129,17 @@ def test_every_grid_of_weights_is_stored_in_the_fewest_bits(tmp_path):
     assert onnx.load(str(folder / "model.onnx")).opset_import[0].version == 25  # int2
 
 
-def test_every_grid_of_inputs_is_computed_bit_for_bit(tmp_path):
-    model, x = chain("input", INPUTS), torch.randn(2, 5, 12)
+@pytest.mark.parametrize("inputs", [INPUTS, pytest.param(TRACED, marks=pytest.mark.slow)], ids=["written", "traced"])
+def test_every_grid_of_inputs_is_computed_bit_for_bit(inputs, tmp_path):
+    model, x = chain("input", inputs), torch.randn(2, 5, 12)
     with torch.no_grad():
         x[0, 0] = 0  # a token without a range
     folder = export(model, tmp_path / "out", format="onnx", example_inputs=x)
     found, (nodes, _, types) = verified(folder), read(folder)
-    assert (found["activations"], found["activations_different"]) == (len(INPUTS), 0)
+    assert (found["activations"], found["activations_different"]) == (len(inputs), 0)
     assert found["largest_relative_difference_between_activations"] < 1e-5
     quantize = [node for node in nodes.values() if node.op_type == "QuantizeLinear"]
-    assert len(quantize) == sum(is_linear for _, is_linear in INPUTS.values())
+    assert len(quantize) == sum(is_linear for _, is_linear in inputs.values())
     assert all(types[node.input[2]] == "UINT8" for node in quantize)
     assert onnx.load(str(folder / "model.onnx")).opset_import[0].version == 21
     loaded = load_quantized(folder)
@@ -159,9 +164,12 @@ def test_a_trained_network_of_ones_own(tmp_path):
     images = torch.randn(4, 3, 8, 8)
     see_a_batch(module, images).train()
     before, modules = copy.deepcopy(module.state_dict()), list(module.named_modules())
+    module.network.depthwise.eval()  # one part of it
+    modes, buffers = [item.training for item in module.modules()], copy.deepcopy(dict(module.named_buffers()))
     folder = export(module, tmp_path / "out", format="onnx")
     assert [(name, id(item)) for name, item in module.named_modules()] == [(name, id(item)) for name, item in modules]
-    assert module.training
+    assert [item.training for item in module.modules()] == modes
+    assert all(torch.equal(value, buffers[name]) for name, value in module.named_buffers())  # ranges that batches widen
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all("quantized_weight" not in vars(item) for item in module.modules())
 
@@ -297,6 +305,27 @@ def test_a_refusal_says_why(build, scheme, example, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export(model, tmp_path / "out", format="onnx", example_inputs=example)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_what_cannot_be_traced_is_refused_and_leaves_nothing(tmp_path):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x, flag=True):
+            return self.layer(x) if flag or x.sum() > 0 else x
+
+    model = Branch()
+    insert_quantizers(model, "w8")
+    x = torch.randn(2, 16)
+    with pytest.raises(ValueError, match="unused: the forward pass does not use it for this example"):
+        export(model, tmp_path / "out", format="onnx", example_inputs=x)
+    with pytest.raises(ValueError, match="torch.onnx cannot trace Branch, in a graph that fits every batch"):
+        export(model, tmp_path / "out", format="onnx", example_inputs={"x": x, "flag": False})
+    assert list(tmp_path.iterdir()) == []
+    assert "forward" not in vars(model.layer)
 
 
 def test_a_scheme_is_fitted_to_onnx():

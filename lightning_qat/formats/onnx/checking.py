@@ -25,7 +25,7 @@ from lightning_qat.formats.executed import executing
 from lightning_qat.formats.onnx.graph import FILE, QUANTIZED, Quantized
 from lightning_qat.formats.onnx.session import open_session, run
 from lightning_qat.formats.onnx.stand_ins import activation_quantizers, is_quantize_linear, replaced, stored_under
-from lightning_qat.formats.onnx.tracing import graph_inputs, outputs_by_name
+from lightning_qat.formats.onnx.tracing import graph_inputs, in_eval_mode, outputs_by_name
 from lightning_qat.formats.verification import Stored, compare_weights
 
 TOLERANCE = 1e-4  # of the largest value of a tensor
@@ -52,7 +52,7 @@ def verify_file(job: Job, folder: Path) -> dict[str, Any]:
     quantized = [Quantized(*row) for row in _metadata(file_model)]
     with executing(job.model, job.fit):
         expected = outputs_by_name(job)
-        _compare_activations(job.model, quantized, tensors)
+        _compare_activations(job, quantized, tensors)
         largest = _compare_between(job, quantized, tensors, outputs)
     fused = run(open_session(file), inputs)
     _compare_fused(expected, fused, is_rounded=bool(quantized))
@@ -138,13 +138,12 @@ def _run_every_node(file_model: Any, folder: Path, inputs: dict[str, Any]) -> tu
     return given | found, {name: found[name] for name in outputs}
 
 
-def _compare_activations(model: nn.Module, quantized: list[Quantized], tensors: dict[str, Tensor]) -> None:
-    quantizers = activation_quantizers(model)
+def _compare_activations(job: Job, quantized: list[Quantized], tensors: dict[str, Tensor]) -> None:
+    quantizers = activation_quantizers(job.model)
     for name, source, values in quantized:
-        quantizer = quantizers[name]
-        device = next(iter([*quantizer.parameters(), *quantizer.buffers(), *model.parameters()]), torch.empty(0)).device
-        with torch.no_grad():
-            mine = quantizer.eval()(tensors[source].to(device)).cpu()
+        with in_eval_mode(job) as (model, _):
+            device = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
+            mine = quantizers[name](tensors[source].to(device)).cpu()
         if different := int((mine != tensors[values]).sum()):
             raise RuntimeError(f"export: {name}: {different} of {mine.numel()} values that onnxruntime makes of the same input differ")
 

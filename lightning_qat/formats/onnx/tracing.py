@@ -52,7 +52,7 @@ class _Positional(nn.Module):
 
 
 @contextmanager
-def _in_eval_mode(job: Job) -> Iterator[tuple[_Positional, tuple[Tensor, ...]]]:
+def in_eval_mode(job: Job) -> Iterator[tuple[_Positional, tuple[Tensor, ...]]]:
     """The model behind positional arguments, and the example; without gradients, and in the modes it had afterwards."""
     inputs = graph_inputs(job)
     whole = _Positional(job.model, inputs)
@@ -69,7 +69,7 @@ def _in_eval_mode(job: Job) -> Iterator[tuple[_Positional, tuple[Tensor, ...]]]:
 
 def outputs_by_name(job: Job) -> dict[str, Tensor]:
     """What the model computes from the example, on the CPU."""
-    with _in_eval_mode(job) as (whole, tensors):
+    with in_eval_mode(job) as (whole, tensors):
         return {name: value.cpu() for name, value in whole(*tensors).items()}
 
 
@@ -80,7 +80,7 @@ def trace(job: Job, opset: int) -> Any:
         ValueError: torch.onnx cannot export the model.
     """
     names = list(outputs_by_name(job))
-    with _in_eval_mode(job) as (whole, tensors), stand_ins(job), _quiet():
+    with in_eval_mode(job) as (whole, tensors), stand_ins(job), _quiet():
         tensors = tuple(_two_samples(tensor) for tensor in tensors)
         try:
             program = torch.onnx.export(
@@ -95,7 +95,10 @@ def trace(job: Job, opset: int) -> Any:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise ValueError(f"format: torch.onnx cannot export {type(job.model).__name__}: {error}") from error
+            reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+            raise ValueError(
+                f"format: torch.onnx cannot trace {type(job.model).__name__}, in a graph that fits every batch: {reason}"
+            ) from error
     assert program is not None
     return program.model
 

@@ -36,7 +36,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
 
 
 def encode_dynamic(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(integer codes, scale, zero point) of rows [rows, n]."""
+    """(integer codes, scale of their values, zero point) of rows [rows, n]."""
     if (kernels := _triton(x)) is not None and kernels.supports(how.finder):
         codes, scale, zero_point = kernels.encode_dynamic(x, how.finder, how.grid)
     elif how.is_fusable:
@@ -44,7 +44,7 @@ def encode_dynamic(x: Tensor, how: Rounding) -> tuple[Tensor, Tensor, Tensor | N
     else:
         scale, zero_point = find_scale(x, how)
         codes = _torch(reference.encode, x, scale, zero_point, how.grid)
-    return codes, scale, zero_point
+    return codes, how.grid.scale_of_values(scale), zero_point
 
 
 def outside_bits(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:

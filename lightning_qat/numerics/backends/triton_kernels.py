@@ -168,9 +168,11 @@ def _unclamped(
 
 @triton.jit
 def _decoded(
-    codes: tl.tensor, scale: tl.tensor, zero: tl.tensor, OFFSET: tl.constexpr, ZERO: tl.constexpr, LIMIT: tl.constexpr
-) -> tl.tensor:
+    codes: tl.tensor, scale: tl.tensor, zero: tl.tensor, OFFSET: tl.constexpr, ZERO: tl.constexpr, LATE_DTYPE: tl.constexpr,
+    LIMIT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Values of codes within +-LIMIT, the largest number of the type they are stored in."""
+    scale = _stored(scale, LATE_DTYPE)
     if ZERO == "float":
         values = codes * scale + zero
     else:
@@ -185,19 +187,21 @@ def _decoded(
 @triton.jit
 def _quantized(
     x: tl.tensor, scale: tl.tensor, zero: tl.tensor, QMIN: tl.constexpr, QMAX: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr,
-    RECIPROCAL: tl.constexpr, COMPUTED: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr,
+    RECIPROCAL: tl.constexpr, COMPUTED: tl.constexpr, LATE_DTYPE: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """``values``, or ``codes`` with 0 for NaN."""
     codes = _clamped(_unclamped(x, scale, zero, OFFSET, ZERO, RECIPROCAL, COMPUTED), QMIN, QMAX)
-    return tl.where(codes == codes, codes, 0.0).to(tl.int32) if OUT == "codes" else _decoded(codes, scale, zero, OFFSET, ZERO, LIMIT)
+    if OUT == "codes":
+        return tl.where(codes == codes, codes, 0.0).to(tl.int32)
+    return _decoded(codes, scale, zero, OFFSET, ZERO, LATE_DTYPE, LIMIT)
 
 
 @triton.jit
 def dynamic_kernel(
     x: tl.tensor, out: tl.tensor, scales: tl.tensor, zeros: tl.tensor, rows: tl.tensor, n: tl.tensor, stride: tl.tensor,
     QMIN: tl.constexpr, QMAX: tl.constexpr, DIVISOR: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, SCALE_DTYPE: tl.constexpr,
-    COMPUTED: tl.constexpr, RECIPROCAL: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr, ABSMAX: tl.constexpr, LONG: tl.constexpr,
-    COLS: tl.constexpr, ELEMENTS: tl.constexpr,
+    COMPUTED: tl.constexpr, RECIPROCAL: tl.constexpr, LATE_DTYPE: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr,
+    ABSMAX: tl.constexpr, LONG: tl.constexpr, COLS: tl.constexpr, ELEMENTS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Values (or codes, scales and zero points) of rows x[rows, n], the range of each found on the way.
 
@@ -225,10 +229,10 @@ def dynamic_kernel(
         for start in range(0, n, COLS):
             valid = (row < rows) & (start + col < n)
             part = _load(x + row * stride + start + col, valid)
-            done = _quantized(part, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LIMIT, OUT)
+            done = _quantized(part, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LATE_DTYPE, LIMIT, OUT)
             _store(out + row * n + start + col, done, valid)
     else:
-        _store(out + row * n + col, _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LIMIT, OUT), valid)
+        _store(out + row * n + col, _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LATE_DTYPE, LIMIT, OUT), valid)
 
 
 @triton.jit
@@ -251,7 +255,7 @@ def scale_kernel(
 def given_kernel(
     x: tl.tensor, out: tl.tensor, scales: tl.tensor, zeros: tl.tensor, rows: tl.tensor, n: tl.tensor, stride: tl.tensor,
     QMIN: tl.constexpr, QMAX: tl.constexpr, OFFSET: tl.constexpr, ZERO: tl.constexpr, RECIPROCAL: tl.constexpr, COMPUTED: tl.constexpr,
-    LIMIT: tl.constexpr, OUT: tl.constexpr, COLS: tl.constexpr, ELEMENTS: tl.constexpr,
+    LATE_DTYPE: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr, COLS: tl.constexpr, ELEMENTS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Values or codes of rows x[rows, n] with scales [rows, 1], or which of them lie outside, as bits [rows, ceil(n / 8)]."""
     ROWS: tl.constexpr = 1 if ELEMENTS < COLS else ELEMENTS // COLS
@@ -272,7 +276,7 @@ def given_kernel(
         byte, width = (first >> 3) + tl.arange(0, COLS // 8)[None, :], tl.cdiv(n, 8)
         tl.store(out + row * width + byte, packed.to(tl.uint8), mask=(row < rows) & (byte < width))
     else:
-        _store(out + row * n + col, _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LIMIT, OUT), valid)
+        _store(out + row * n + col, _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LATE_DTYPE, LIMIT, OUT), valid)
 
 
 @triton.jit

@@ -63,7 +63,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
 
 
 def encode_dynamic(x: Tensor, finder: RangeFinder, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(integer codes [rows, n], scale [rows, 1], zero point [rows, 1]); codes of rows that are not finite mean nothing."""
+    """(integer codes [rows, n], scale they are computed with [rows, 1], zero point [rows, 1]); codes of rows that are not finite mean nothing."""
     if x.dtype == torch.float64:
         return reference.encode_dynamic(x, finder, grid)
     codes, scale, zero_point = _codes_dynamic(x, isinstance(finder, AbsMax), *_plain(grid), grid.code_dtype)
@@ -85,13 +85,13 @@ def masked_gradient(grad: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _plain(grid: Grid) -> tuple[list[float], str]:
-    names = (grid.zero, grid.scale_dtype, grid.round_via, grid.arithmetic)
+    names = (grid.zero, grid.scale_dtype, grid.scale_rounding, grid.round_via, grid.arithmetic)
     return [float(v) for v in (grid.qmin, grid.qmax, grid.divisor, grid.offset)], " ".join(names)
 
 
 def _grid(numbers: Sequence[float], names: str) -> Grid:
     qmin, qmax, divisor, offset = numbers
-    fields: dict[str, Any] = dict(zip(("zero", "scale_dtype", "round_via", "arithmetic"), names.split(), strict=True))
+    fields: dict[str, Any] = dict(zip(("zero", "scale_dtype", "scale_rounding", "round_via", "arithmetic"), names.split(), strict=True))
     return Grid(qmin=int(qmin), qmax=int(qmax), divisor=divisor, offset=offset, **fields)
 
 
@@ -169,7 +169,7 @@ def _dynamic(x: Tensor, out: Tensor, absmax: bool, grid: Grid, kind: str) -> tup
         _given(x, out, scale, zero_point if grid.zero != "none" else None, grid, kind)
         return scale, zero_point
     x, cols = _columns_together(x), _columns(n, LONGEST_TILE)
-    constants = _constants(grid, x.dtype, "QMIN", "QMAX", "DIVISOR", "OFFSET", "ZERO", "SCALE_DTYPE", "RECIPROCAL")
+    constants = _constants(grid, x.dtype, "QMIN", "QMAX", "DIVISOR", "OFFSET", "ZERO", "SCALE_DTYPE", "RECIPROCAL", "LATE_DTYPE")
     constants |= {"LIMIT": _limit(out), "OUT": kind, "ABSMAX": absmax, "LONG": n > cols, "COLS": cols}
     _launch(_dynamic_kernel, 1, x, out, scale, zero_point, rows, n, x.stride(0), **constants)
     return scale, zero_point
@@ -190,7 +190,7 @@ def _given(x: Tensor, out: Tensor, scale: Tensor, zero_point: Tensor | None, gri
     x = _columns_together(x)
     scale = scale.to(torch.float32).expand(rows, 1).contiguous()
     zero = scale if zero_point is None else zero_point.to(torch.float32).expand(rows, 1).contiguous()
-    constants = _constants(grid, x.dtype, "QMIN", "QMAX", "OFFSET", "RECIPROCAL")
+    constants = _constants(grid, x.dtype, "QMIN", "QMAX", "OFFSET", "RECIPROCAL", "LATE_DTYPE")
     constants |= {"ZERO": "none" if zero_point is None else grid.zero, "LIMIT": _limit(out), "OUT": kind, "COLS": cols}
     _launch(_given_kernel, triton.cdiv(n, cols), x, out, scale, zero, rows, n, x.stride(0), **constants)
 
@@ -234,14 +234,15 @@ def _limit(out: Tensor) -> float:
 
 def _constants(grid: Grid, dtype: torch.dtype, *names: str) -> dict[str, Any]:
     """The named ones, and what a tensor of `dtype` is computed in."""
-    computed = grid.computed_in(dtype)
+    computed, late = grid.computed_in(dtype), grid.scale_rounding == "after"
     every = {
         "QMIN": float(grid.qmin),
         "QMAX": float(grid.qmax),
         "DIVISOR": float(grid.divisor),
         "OFFSET": float(grid.offset),
         "ZERO": grid.zero,
-        "SCALE_DTYPE": grid.scale_dtype,
+        "SCALE_DTYPE": "float32" if late else grid.scale_dtype,  # of scales that codes are computed with
+        "LATE_DTYPE": grid.scale_dtype if late else "float32",  # of scales that codes are multiplied with
         "RECIPROCAL": grid.round_via == "reciprocal",
     }
     return {"COMPUTED": str(computed).removeprefix("torch."), **{name: every[name] for name in names}}
