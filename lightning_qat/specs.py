@@ -142,9 +142,7 @@ class TensorSpec:
             ("arithmetic", "input", "which rounds the scale to the dtype of the tensor first; use arithmetic='float32'"),
         ):
             if getattr(self, field) == wrong:
-                raise ValueError(
-                    f"TensorSpec.scale_rounding: got 'after' with {field}={wrong!r}, {why}, or scale_rounding='before'"
-                )
+                raise ValueError(f"TensorSpec.scale_rounding: got 'after' with {field}={wrong!r}, {why}, or scale_rounding='before'")
 
     @property
     def is_off(self) -> bool:

@@ -154,10 +154,11 @@ def _refusal(runtime: Runtime, name: str, hard: dict[Place, list[Misfit]], round
         dtype = _word(next(iter(rounded.values())))
         lines.append(f"weight.scale_dtype: this format stores scales as {dtype}, which would round them ({_count(list(rounded))})")
     drop = tuple(part for part in DROPPABLE if any(place.part == part for place in hard))
-    only_conventions = all(_are_conventions(place, found) for place, found in hard.items())
-    ways = [f"train with QuantScheme.parse(scheme, target={name!r})"]
+    only_conventions = all(misfit.field in CONVENTIONS for found in hard.values() for misfit in found)
+    may_differ = all(_are_conventions(place, found) for place, found in hard.items())
+    ways = [f"train with QuantScheme.parse(scheme, target={name!r})"] if only_conventions else ["train with the nearest that fits"]
     ways += [f"export with drop={drop!r}"] if drop else []
-    ways += ["export with inexact=True, which measures the difference"] if only_conventions and not inexact else []
+    ways += ["export with inexact=True, which measures the difference"] if may_differ and not inexact else []
     return f"format {name!r} cannot express the scheme:\n  " + "\n  ".join([*lines, "ways out: " + ", or ".join(ways)])
 
 

@@ -40,6 +40,7 @@ INPUT: dict[str, tuple[Any, ...]] = {
     "group_size": (None,),
     "symmetric": (True,),
     "scale_dtype": ("float32",),
+    "scale_rounding": ("before",),
     "arithmetic": ("float32",),
 }
 EXECUTES = runtimes.add(

@@ -40,6 +40,7 @@ DYNAMIC = {
     "code_range": ("full",),
     "divisor": ("half_range",),
     "scale_dtype": ("float32",),
+    "scale_rounding": ("before",),
     "round_via": ("divide",),
     "arithmetic": ("input",),
 }
@@ -62,7 +63,7 @@ EXECUTES = runtimes.add(
                 bits=BITS,
                 granularity=("tensor",),
                 dynamic=(False,),
-                **{key: DYNAMIC[key] for key in ("symmetric", "code_range", "round_via", "arithmetic")},
+                **{key: DYNAMIC[key] for key in ("symmetric", "code_range", "scale_rounding", "round_via", "arithmetic")},
             ),
         ),
         kv=(

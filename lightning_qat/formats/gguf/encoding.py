@@ -85,7 +85,7 @@ def encode(weight: IntegerWeight, kind: BlockType) -> Bytes:
         if weight.has_float_zero and weight.zero_point is not None:
             minimum, minima = -weight.zero_point.numpy().astype(np.float16), np.ones(scale.shape, np.uint8)
         elif weight.zero_point is not None:
-            minima = (weight.zero_point.numpy().astype(np.int16) - low + 1).astype(np.uint8)
+            minima = (weight.zero_point.numpy().astype(np.int16) - low).astype(np.uint8)
         blocks = Blocks(((codes - low) // steps).reshape(-1, kind.size), spread(scale), spread(minimum), spread(minima), steps)
     return kind.pack(blocks).reshape(rows, -1)
 

@@ -27,10 +27,10 @@ EXECUTES = runtimes.add(
     Runtime(
         weight=(rule(granularity=("channel", "group", "tensor"), axis=(None, 0)),),
         input=(
-            rule(dynamic=(True,), quantizer=("minmax",), range_finder=("absmax",), arithmetic=("float32",)),
-            rule(dynamic=(False,), arithmetic=("float32",)),
+            rule(dynamic=(True,), quantizer=("minmax",), range_finder=("absmax",), arithmetic=("float32",), scale_rounding=("before",)),
+            rule(dynamic=(False,), arithmetic=("float32",), scale_rounding=("before",)),
         ),
-        kv=(rule(quantizer=("minmax",), arithmetic=("float32",)),),
+        kv=(rule(quantizer=("minmax",), arithmetic=("float32",), scale_rounding=("before",)),),
     ),
 )
 # One range for a whole tensor, with a zero point: the codes are 0 to 255, which is where QuantizeLinear saturates, so that nothing stands

@@ -38,6 +38,7 @@ EXECUTES = runtimes.add(
                 quantizer=("minmax",),
                 range_finder=("absmax",),
                 scale_dtype=("float32",),
+                scale_rounding=("before",),
                 round_via=("reciprocal",),
             ),
         ),

@@ -232,7 +232,8 @@ def dynamic_kernel(
             done = _quantized(part, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LATE_DTYPE, LIMIT, OUT)
             _store(out + row * n + start + col, done, valid)
     else:
-        _store(out + row * n + col, _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LATE_DTYPE, LIMIT, OUT), valid)
+        done = _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LATE_DTYPE, LIMIT, OUT)
+        _store(out + row * n + col, done, valid)
 
 
 @triton.jit
@@ -276,7 +277,8 @@ def given_kernel(
         byte, width = (first >> 3) + tl.arange(0, COLS // 8)[None, :], tl.cdiv(n, 8)
         tl.store(out + row * width + byte, packed.to(tl.uint8), mask=(row < rows) & (byte < width))
     else:
-        _store(out + row * n + col, _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LATE_DTYPE, LIMIT, OUT), valid)
+        done = _quantized(tile, scale, zero, QMIN, QMAX, OFFSET, ZERO, RECIPROCAL, COMPUTED, LATE_DTYPE, LIMIT, OUT)
+        _store(out + row * n + col, done, valid)
 
 
 @triton.jit
