@@ -91,7 +91,7 @@ class QuantizedTensor:
 
     Args:
         codes: int8 (uint8 for unsigned 8-bit grids), shape of the quantized tensor.
-        scale: At least fp32, the one that values have, one element per block, shape as :class:`~lightning_qat.numerics.blocks.Blocking` tells.
+        scale: At least fp32, that of the values, one element per block, shape as :class:`~lightning_qat.numerics.blocks.Blocking` tells.
         zero_point: Like `scale`; int16 where it is a code, of the scale's dtype where it is a value, None on grids without.
         grid: The integers and the offset.
         blocking: Which codes share a scale.

@@ -79,7 +79,8 @@ def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid, dtype: torch.dty
         dtype: Dtype of the tensor that is quantized, which some grids compute in.
 
     Returns:
-        Of the shape and dtype of the ranges, the scale as codes are computed with it; NaN where a range is not finite, so that its values are NaN and never a wrong number.
+        Of the shape and dtype of the ranges, the scale that codes are computed with; NaN where a range is not finite, so that its values
+        are NaN and never a wrong number.
     """
     high = torch.where(low.isfinite(), high, low)
     if grid.zero == "none":

@@ -60,7 +60,7 @@ def half(bits, **fields):
 
 
 G32 = {"granularity": "group", "group_size": 32}
-A8 = TensorSpec(bits=8, scale_dtype="float16", round_via="reciprocal", **G32)
+A8 = TensorSpec(bits=8, scale_dtype="float16", scale_rounding="after", round_via="reciprocal", **G32)
 A8_K = TensorSpec(bits=8, granularity="group", group_size=256)
 MIXED = QuantScheme(
     weight=half(4, **G32),

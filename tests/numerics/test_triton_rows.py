@@ -249,7 +249,7 @@ def test_indices_start_as_int64():
 
 
 @compiled_here
-@pytest.mark.parametrize("grid", [*grids("none")[:2], grids("integer")[3], grids("float")[4]], ids=str)
+@pytest.mark.parametrize("grid", [*grids("none")[:2], grids("integer")[3], grids("float")[4], late_grids()[1]], ids=str)
 @pytest.mark.parametrize("kernel", ["dynamic_kernel", "given_kernel", "scale_kernel", "gradient_kernel"])
 def test_the_machine_code_rounds_every_step(kernel, grid, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -264,7 +264,9 @@ def machine_code(kernel: str, grid: Grid) -> str:
     """What the compiler makes of a kernel for one grid; needs no GPU."""
     import triton
 
-    constants = triton_rows._constants(grid, torch.bfloat16, "QMIN", "QMAX", "DIVISOR", "OFFSET", "ZERO", "SCALE_DTYPE", "RECIPROCAL")
+    constants = triton_rows._constants(
+        grid, torch.bfloat16, "QMIN", "QMAX", "DIVISOR", "OFFSET", "ZERO", "SCALE_DTYPE", "RECIPROCAL", "LATE_DTYPE"
+    )
     constants |= {"LIMIT": 65504.0, "OUT": "values", "ABSMAX": False, "LONG": False, "COLS": 64, "ELEMENTS": 1024, "ROWS": 64}
     types = {"x": "*i16", "grad": "*fp32", "out": "*fp16", "mask": "*u8", "rows": "i32", "n": "i32", "stride": "i64"}
     function = getattr(triton_kernels, kernel)

@@ -45,8 +45,8 @@ EXECUTES = runtimes.add(
     Runtime(
         weight=tuple(rule(**where, **what) for where in (_GROUPED, _SHARED) for what in (_SYMMETRIC, _INTEGER_ZERO, _FLOAT_ZERO)),
         input=(  # of weights in blocks of 32, and of 256
-            rule(**_INPUT, group_size=(32,), scale_dtype=("float16",), round_via=("reciprocal",)),
-            rule(**_INPUT, group_size=(256,), scale_dtype=("float32",), round_via=("divide",)),
+            rule(**_INPUT, group_size=(32,), scale_dtype=("float16",), scale_rounding=("after",), round_via=("reciprocal",)),
+            rule(**_INPUT, group_size=(256,), scale_dtype=("float32",), scale_rounding=("before",), round_via=("divide",)),
         ),
     ),
 )
@@ -65,7 +65,10 @@ PRESETS.add("gguf-q8_0", QuantScheme(weight=_weight(8)))
 PRESETS.add(
     "llama.cpp-w4a8",
     QuantScheme(
-        weight=_weight(4), input=TensorSpec(bits=8, granularity="group", group_size=32, scale_dtype="float16", round_via="reciprocal")
+        weight=_weight(4),
+        input=TensorSpec(
+            bits=8, granularity="group", group_size=32, scale_dtype="float16", scale_rounding="after", round_via="reciprocal"
+        ),
     ),
 )
 

@@ -67,7 +67,7 @@ def write_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     """The tokenizer's keys; `writer` is a ``gguf.GGUFWriter``. Ids without a token are filled up to `rows` with unused ones."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
-    added = {token["id"]: CONTROL for token in described["added_tokens"]}
+    added = {token["id"]: CONTROL if token["special"] else USER_DEFINED for token in described["added_tokens"]}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in described["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(check_tokenizer(tokenizer, rows))

@@ -22,7 +22,7 @@ def fake_quantize_dynamic(x: Tensor, finder: RangeFinder, grid: Grid, dtype: tor
 
 
 def encode_dynamic(x: Tensor, finder: RangeFinder, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(codes in the grid's integer type, scale they are computed with, zero point); the codes of a row that is not finite mean nothing, its scale is NaN."""
+    """(codes in the grid's integer type, their scale, zero point); where a row is not finite its codes mean nothing, its scale is NaN."""
     scale, zero_point = scale_and_zero_point(*finder(x, grid), grid, x.dtype)
     return encode(x, scale, zero_point, grid), scale, zero_point
 

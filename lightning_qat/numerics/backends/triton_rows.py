@@ -63,7 +63,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gri
 
 
 def encode_dynamic(x: Tensor, finder: RangeFinder, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(integer codes [rows, n], scale they are computed with [rows, 1], zero point [rows, 1]); codes of rows that are not finite mean nothing."""
+    """(integer codes [rows, n], scale of the codes [rows, 1], zero point [rows, 1]); codes of rows that are not finite mean nothing."""
     if x.dtype == torch.float64:
         return reference.encode_dynamic(x, finder, grid)
     codes, scale, zero_point = _codes_dynamic(x, isinstance(finder, AbsMax), *_plain(grid), grid.code_dtype)
