@@ -77,8 +77,13 @@ class Format(ABC):
         """Write codes, scales and all that belongs to the model into an empty folder; returns further entries of the manifest."""
 
     @abstractmethod
-    def verify(self, job: Job, folder: Path) -> dict[str, Any]:
+    def verify(self, job: Job, folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
         """Read everything back with the runtime's own library and compare it bit for bit.
+
+        Args:
+            job: What was written.
+            folder: Where.
+            entries: What :meth:`write` returned.
 
         Returns:
             What was compared, for the manifest: ``codes_different``, ``scales_different`` and ``max_logit_difference`` where there is one.

@@ -104,7 +104,8 @@ def executing(model: nn.Module, fit: Fit) -> Iterator[None]:
             if weight.name in fit.scale_dtypes:
                 packed = _with_rounded_scales(weight, fit.scale_dtypes[weight.name])
                 stack.enter_context(_with(weight.layer, **{f"{weight.parameter}_quantizer": packed}))
-        for full_name, buffer in computed_anew(model).items():
+        fresh = {} if fit.keeps_buffers else computed_anew(model)
+        for full_name, buffer in fresh.items():
             owner, _, name = full_name.rpartition(".")
             stack.enter_context(_with(model.get_submodule(owner), **{name: buffer}))
         yield

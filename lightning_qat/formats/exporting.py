@@ -84,7 +84,7 @@ def export(
 def _write(job: Job, writer: Format, folder: Path) -> None:
     measured = _measure(job)
     entries = writer.write(job, folder)
-    verification = writer.verify(job, folder)
+    verification = writer.verify(job, folder, entries)
     write_card(job, writer, folder, {"difference": measured, "verification": verification, **entries})
     write_manifest(job, writer, folder, {"difference": measured, "verification": verification, **entries})
     for file in folder.rglob("*"):
@@ -151,7 +151,7 @@ def _prepare(
     if writer.runtime is None:
         if drop or inexact:
             raise ValueError(f"drop, inexact: got drop={drop!r}, inexact={inexact}; {writer.name!r} expresses everything exactly")
-        fit = Fit(inputs={}, kv={}, scale_dtypes={})
+        fit = Fit(inputs={}, kv={}, scale_dtypes={}, keeps_buffers=True)
     else:
         fit = _with_fresh_buffers(model, fit_model(model, writer.runtime, writer.name, writer.scale_dtype(model), drop, inexact))
     found = find_tokenizer(whole, model, tokenizer)

@@ -36,6 +36,7 @@ class Fit:
         kv: Specs of keys and values that it executes instead of the trained ones, by name of the attention module.
         scale_dtypes: Dtypes to which scales of weights must be rounded, by name of the weight.
         notes: What differs from training, in words; nothing where all is exact.
+        keeps_buffers: Whether computed buffers, such as rotary tables, are stored and not computed anew.
     """
 
     dropped: tuple[str, ...] = ()
@@ -43,6 +44,7 @@ class Fit:
     kv: dict[str, KVSpec]
     scale_dtypes: dict[str, torch.dtype]
     notes: tuple[str, ...] = ()
+    keeps_buffers: bool = False
 
     @property
     def is_exact(self) -> bool:

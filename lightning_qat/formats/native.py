@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ from transformers import PreTrainedModel
 from lightning_qat.formats.base import Format, Job, formats
 from lightning_qat.formats.codes import stored_codes
 from lightning_qat.formats.company import save_company
-from lightning_qat.formats.executed import computed_buffers
+from lightning_qat.formats.executed import computed_buffers, outputs_of
+from lightning_qat.formats.manifest import model_kind
 from lightning_qat.formats.native_entries import check_entries
-from lightning_qat.formats.skeleton import build_transformers_model
+from lightning_qat.formats.skeleton import build_transformers_model, plain_copy
+from lightning_qat.formats.verification import compare_outputs
 from lightning_qat.modules import insert_quantizers, remove_quantizers, scheme_of
 from lightning_qat.modules.insertion import quantized_root
 from lightning_qat.modules.packed import PackedWeight, pack_tensors
@@ -59,13 +62,21 @@ class NativeFormat(Format):
             "computed_buffers": sorted(computed),
         }
 
-    def verify(self, job: Job, folder: Path) -> dict[str, Any]:
-        """The packed codes must be the codes of the model's quantizers."""
+    def verify(self, job: Job, folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
+        """Packed codes and scales must be those of the model's quantizers, and what is loaded must compute the same."""
         written = load_file(folder / WEIGHTS)
         tensors, layers = _packed_layers(job.model)
         if wrong := [name for name, tensor in tensors.items() if not torch.equal(written[name], tensor)]:
             raise RuntimeError(f"export: {wrong[0]} reads back differently than it was written")
-        return {"weights": len(layers), "codes_different": 0, "scales_different": 0}
+        counted = {"weights": len(layers), "codes_different": 0, "scales_different": 0}
+        if job.example is None:
+            return {**counted, "max_logit_difference": None}
+        kind = model_kind(job.model)
+        known = kind["library"] == "transformers" and getattr(transformers, kind["class"], None) is type(job.model)
+        manifest = {"model": kind, "scheme": job.scheme.to_dict(), **entries}
+        loaded = self.load(folder, manifest, None if known else plain_copy(job.model))
+        loaded.to(next(job.model.parameters()).device)
+        return {**counted, **compare_outputs(job, lambda **example: outputs_of(loaded, example))}
 
     def load(self, folder: Path, manifest: dict[str, Any], model: nn.Module | None = None) -> Any:
         """With packed codes."""

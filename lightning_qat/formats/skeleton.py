@@ -1,11 +1,17 @@
-"""A transformers model without its weights: parameters on the meta device, buffers computed as usual."""
+"""Models to be filled from a file: of transformers without weights (parameters on the meta device, buffers as usual), others as copies."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from torch import nn
 
 from lightning_qat.generation.skeleton import parameters_on_meta
+from lightning_qat.modules import remove_quantizers
+from lightning_qat.modules.packed import PackedWeight
+from lightning_qat.modules.weights import layer_weights
 
 
 def transformers_class(name: str) -> type[transformers.PreTrainedModel]:
@@ -40,3 +46,15 @@ def build_transformers_model(folder: Path, class_name: str) -> Any:
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """The same module without quantizers, to be filled: instead of packed codes it has weights without memory."""
+    copied = copy.deepcopy(model)
+    for weight in layer_weights(copied):
+        if isinstance(weight.quantizer, PackedWeight):
+            empty = torch.empty(weight.shape, dtype=weight.quantizer.dtype, device="meta")
+            setattr(weight.layer, weight.parameter, nn.Parameter(empty, requires_grad=False))
+            setattr(weight.layer, f"{weight.parameter}_quantizer", None)
+    remove_quantizers(copied)
+    return copied

@@ -70,7 +70,7 @@ def test_a_library_that_does_not_tell_that_the_disk_is_full(tmp_path, monkeypatc
     ids=["full", "broken", "safetensors"],
 )
 def test_an_error_of_the_disk_inside_the_library_of_a_target(place, error, message, tmp_path, monkeypatch):
-    def fail(self, job, folder):
+    def fail(self, job, folder, *entries):
         (folder / "half").write_text("half")
         raise error
 
@@ -82,7 +82,7 @@ def test_an_error_of_the_disk_inside_the_library_of_a_target(place, error, messa
 
 @pytest.mark.parametrize("error", [RuntimeError("reads back differently"), KeyboardInterrupt(), KeyError("mine")], ids=repr)
 def test_other_errors_stay_what_they_are(error, tmp_path, monkeypatch):
-    def fail(self, job, folder):
+    def fail(self, job, folder, *entries):
         raise error
 
     monkeypatch.setattr(native.NativeFormat, "verify", fail)
@@ -180,7 +180,7 @@ def test_an_export_that_is_still_written_is_left_alone(tmp_path):
 def test_the_second_of_two_at_once_is_refused(tmp_path, monkeypatch):
     real = native.NativeFormat.verify
 
-    def verify(self, job, folder):
+    def verify(self, job, folder, entries):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "manifest.json").write_text("of the other")
         return real(self, job, folder)

@@ -100,7 +100,7 @@ def test_logits_are_those_of_our_weights_on_its_inputs(exported):
 
 @pytest.mark.slow
 def test_the_preset_predicts_the_perplexity_that_is_served(tmp_path):
-    """Fake quantization rounds scales of inputs before codes are computed, llama.cpp after: no token is bitwise equal, their mean is."""
+    """Input codes are those of llama.cpp but for rounding ties, sums are in another order: tokens differ, their mean does not."""
     model, tokenizer = load_causal_lm("tiny-teacher"), load_tokenizer("tiny-teacher")
     insert_quantizers(model, "llama.cpp-w4a8")
     engine = served(export(model, tmp_path / "out", format="gguf", tokenizer=tokenizer))

@@ -82,7 +82,7 @@ def change_an_activation_scale(model, tensors, nodes):
 )
 def test_a_changed_file_is_noticed(written, damage, message, tmp_path):
     job, folder = written
-    OnnxFormat().verify(job, folder)
+    OnnxFormat().verify(job, folder, {})
     shutil.copytree(folder, tmp_path / "out")
     model = onnx.load(str(tmp_path / "out" / "model.onnx"))
     damage(model, {tensor.name: tensor for tensor in model.graph.initializer}, model.graph.node)
@@ -90,7 +90,7 @@ def test_a_changed_file_is_noticed(written, damage, message, tmp_path):
     if damage is do_not_clip:  # an input far below the range shows it
         job = Job(model=job.model, scheme=job.scheme, fit=job.fit, example={"images": job.example["images"] - 9})
     with pytest.raises(RuntimeError, match=message):
-        OnnxFormat().verify(job, tmp_path / "out")
+        OnnxFormat().verify(job, tmp_path / "out", {})
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.onnx"}
 
 

@@ -141,7 +141,7 @@ class CompressedTensorsFormat(Format):
             group["output_activations"] = output
         return StoredLayer(name=name, group=group | {"format": storage}, tensors=tensors)
 
-    def verify(self, job: Job, folder: Path) -> dict[str, Any]:
+    def verify(self, job: Job, folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
         """Loaded by transformers: no name missing or left over, codes and scales bitwise, outputs bitwise."""
         loaded = reading.load_as_written(job, folder)
         counted = compare_weights(job, lambda weight: reading.read_weight(loaded, weight))

@@ -66,9 +66,7 @@ PRESETS.add(
     "llama.cpp-w4a8",
     QuantScheme(
         weight=_weight(4),
-        input=TensorSpec(
-            bits=8, granularity="group", group_size=32, scale_dtype="float16", scale_rounding="after", round_via="reciprocal"
-        ),
+        input=TensorSpec(bits=8, granularity="group", group_size=32, scale_dtype="float16", scale_rounding="after", round_via="reciprocal"),
     ),
 )
 
@@ -137,7 +135,7 @@ class GgufFormat(Format):
             "dtype": str(model_dtype(job.model)).removeprefix("torch."),
         }
 
-    def verify(self, job: Job, folder: Path) -> dict[str, Any]:
+    def verify(self, job: Job, folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
         """Codes, scales and values with the `gguf` package, outputs and tokenizer with transformers, which quantizes no inputs."""
         from transformers import AutoTokenizer
 

@@ -97,7 +97,7 @@ class OnnxFormat(Format):
         inputs = {value.name: [str(length) for length in value.shape] for value in model.graph.inputs}
         return {"opset": model.opset_imports[""], "ir_version": model.ir_version, "inputs": inputs, "onnxruntime": exact}
 
-    def verify(self, job: Job, folder: Path) -> dict[str, Any]:
+    def verify(self, job: Job, folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
         """See :mod:`~lightning_qat.formats.onnx.checking`."""
         return verify_file(job, folder)
 

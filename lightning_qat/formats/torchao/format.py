@@ -1,6 +1,5 @@
 """The format itself: what is refused, written, compared and loaded."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from lightning_qat.formats.codes import IntegerWeight
 from lightning_qat.formats.company import model_dtype, save_company
 from lightning_qat.formats.executed import computed_buffers, outputs_of
 from lightning_qat.formats.manifest import model_kind
+from lightning_qat.formats.skeleton import plain_copy
 from lightning_qat.formats.torchao.files import fill, load_tensors, other_tensors, save_tensors, tied_names
 from lightning_qat.formats.torchao.tensors import quantized_tensors, quantizes_input, transformers_config
 from lightning_qat.formats.verification import Stored, compare_outputs, compare_weights
-from lightning_qat.modules import remove_quantizers, scheme_of
-from lightning_qat.modules.packed import PackedWeight
+from lightning_qat.modules import scheme_of
 from lightning_qat.modules.weights import LayerWeight, layer_weights
 from lightning_qat.runtime import Runtime, rule, runtimes
 from lightning_qat.scheme import PRESETS, QuantScheme
@@ -96,10 +95,10 @@ class TorchaoFormat(Format):
         save_tensors({name: tensor.detach() for name, tensor in tensors.items() if name not in tied}, folder)
         return {"tied": tied}
 
-    def verify(self, job: Job, folder: Path) -> dict[str, Any]:
+    def verify(self, job: Job, folder: Path, entries: dict[str, Any]) -> dict[str, Any]:
         """Codes, then outputs, of what `from_pretrained`, or torchao's reader, makes of the folder."""
         manifest = {"model": model_kind(job.model), "tied": tied_names(job.model)}
-        loaded = self.load(folder, manifest, None if isinstance(job.model, PreTrainedModel) else _plain_copy(job.model))
+        loaded = self.load(folder, manifest, None if isinstance(job.model, PreTrainedModel) else plain_copy(job.model))
         loaded.to(next(job.model.parameters()).device)  # as users do; and products of another device round otherwise
         compared = compare_weights(job, lambda weight: _stored(loaded, weight))
         return {**compared, **compare_outputs(job, lambda **example: outputs_of(loaded, example))}
@@ -158,18 +157,6 @@ def _from_pretrained(folder: Path, kind: str) -> nn.Module:
         raise ValueError(f"path: transformers cannot place every tensor of {str(folder)!r}: {wrong}")
     plain: nn.Module = model.eval()
     return plain
-
-
-def _plain_copy(model: nn.Module) -> nn.Module:
-    """The same module without quantizers, to be filled: instead of packed codes it has weights without memory."""
-    copied = copy.deepcopy(model)
-    for weight in layer_weights(copied):
-        if isinstance(weight.quantizer, PackedWeight):
-            empty = torch.empty(weight.shape, dtype=weight.quantizer.dtype, device="meta")
-            setattr(weight.layer, weight.parameter, nn.Parameter(empty, requires_grad=False))
-            setattr(weight.layer, f"{weight.parameter}_quantizer", None)
-    remove_quantizers(copied)
-    return copied
 
 
 def _stored(loaded: nn.Module, weight: IntegerWeight) -> Stored:
