@@ -148,7 +148,7 @@ def test_a_link_to_an_empty_folder_stays_a_link(tmp_path):
 
 
 def die_while_verifying(folder):
-    native.NativeFormat.verify = lambda self, job, folder: os.kill(os.getpid(), signal.SIGKILL)
+    native.NativeFormat.verify = lambda self, job, folder, entries: os.kill(os.getpid(), signal.SIGKILL)
     export(quantized(), folder)
 
 
@@ -183,7 +183,7 @@ def test_the_second_of_two_at_once_is_refused(tmp_path, monkeypatch):
     def verify(self, job, folder, entries):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "manifest.json").write_text("of the other")
-        return real(self, job, folder)
+        return real(self, job, folder, entries)
 
     monkeypatch.setattr(native.NativeFormat, "verify", verify)
     with pytest.raises(ValueError, match=r"path: cannot write to .*nothing was left behind; another process wrote there meanwhile"):
