@@ -141,7 +141,7 @@ class QuantScheme:
         if match is None:
             raise ValueError(
                 f"scheme: got {scheme!r}, expected w<bits>[g<size>][a<bits>][kv<bits>] such as 'w4a8kv4' or 'w4g32', "
-                f"or a preset, {did_you_mean(scheme, PRESETS.names())}"
+                f"or a preset; for one {did_you_mean(scheme, PRESETS.names())}"
             )
         weight, group, inputs, kv = match.groups()
         return cls(weight=_weight(weight, group), input=_input(inputs), kv=None if kv is None else KVSpec(bits=_number(kv)))

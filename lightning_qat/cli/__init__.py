@@ -1,5 +1,6 @@
 """The command line: it only wires the other rooms together."""
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +12,12 @@ TRAINER_COMMANDS = {
     "test": "run the test loop of a YAML",
     "predict": "run the predict loop of a YAML",
 }
+# What importing torchao logs in every command, because transformers imports it where it is installed; nothing a user can change.
+CHATTER = {"torchao": "Failed to load", "torch.utils._pytree": "is an Enum subclass"}
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return CHATTER[record.name] not in record.getMessage()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 2 after an error in what the user asked for; its message goes to stderr without a traceback.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    for name in CHATTER:
+        logging.getLogger(name).addFilter(_is_news)
     from lightning_qat.cli import commands  # not at the top: it brings torch, and importing this package should not
 
     known = {**TRAINER_COMMANDS, **{name: (function.__doc__ or "").splitlines()[0] for name, function in commands.COMMANDS.items()}}

@@ -14,6 +14,7 @@ import jsonargparse
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lightning_qat.cli.demo import demo
@@ -25,6 +26,8 @@ from lightning_qat.cli.plan import plan
 from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_windows
 from lightning_qat.formats import export as export_model
 from lightning_qat.formats import load_quantized
+from lightning_qat.formats.hub import UploadError
+from lightning_qat.formats.quiet import no_progress_bars
 from lightning_qat.generation import load_causal_lm, load_tokenizer
 from lightning_qat.modules import cached_weights, insert_quantizers
 from lightning_qat.scheme import QuantScheme
@@ -40,6 +43,7 @@ def quantize(
     format: str = "native",
     drop: str = "",
     inexact: bool = False,
+    tokenizer: str | None = None,
 ) -> None:
     """Round a model to the nearest codes, without training, and export it.
 
@@ -49,14 +53,16 @@ def quantize(
         out: Folder to create.
         allow_partial: Accept that less than 90 % of the matrix weights can be quantized.
         target: Runtime whose conventions the scheme gets, such as compressed-tensors or gguf.
-        format: Registered name of the format to write.
+        format: What to write: native, compressed-tensors, vllm, gguf, torchao or onnx.
         drop: Parts of the scheme that the format may leave out, separated by commas, such as input,kv.
         inexact: Allow a runtime that computes codes by other conventions; the difference is measured.
+        tokenizer: Folder or hub id of the tokenizer to write along; by default that of the model.
     """
     fitted = QuantScheme.parse(scheme, target=target)
-    network = load_causal_lm(model)
+    network = _plain_model(model)
     print(insert_quantizers(network, fitted, allow_partial=allow_partial))
-    print(f"written to {export_model(network, out, format=format, drop=names_in(drop), inexact=inexact)}")
+    options: dict[str, Any] = {"format": format, "drop": names_in(drop), "inexact": inexact, "tokenizer": tokenizer}
+    print(f"written to {export_model(network, out, **options)}")
 
 
 def evaluate(
@@ -80,6 +86,10 @@ def evaluate(
         prompt: Text to continue greedily, as a sample to read.
     """
     network, tokenizer = _load_any(model)
+    if prompt is not None and not hasattr(network, "generate"):
+        raise ValueError(
+            f"prompt: {model!r} is loaded as {type(network).__name__}, which scores text but does not continue it; leave prompt out"
+        )
     if scheme is not None:
         insert_quantizers(network, scheme)
     documents = read_documents(text)
@@ -104,14 +114,28 @@ def _continue(network: Any, tokenizer: Any, prompt: str, tokens: int = 48) -> st
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
+def _plain_model(name: str) -> Any:
+    try:
+        return load_causal_lm(name)
+    except ValueError as error:  # it is a teacher in other commands
+        raise ValueError(re.sub("^teacher: ", "model: ", str(error))) from error
+
+
+def _tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of an export; that of a GGUF file is in it."""
+    if (file := folder / "model.gguf").is_file():
+        return AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    return load_tokenizer(folder)
+
+
 def _load_any(model: str) -> tuple[Any, Any]:
     """(model, tokenizer) of whatever the user named."""
     if is_checkpoint(model):
         module = load_module(model)
         return module.student, load_tokenizer(module.hparams["teacher"] or module.hparams["student"])
     if (Path(model) / "manifest.json").is_file():
-        return load_quantized(model), load_tokenizer(model)
-    return load_causal_lm(model), load_tokenizer(model)
+        return load_quantized(model), _tokenizer_in(Path(model))
+    return _plain_model(model), load_tokenizer(model)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -148,12 +172,12 @@ def run(command: str, args: Sequence[str]) -> int:
     try:
         if command in COMMANDS:
             prog = f"lightning-qat {command}"
-            jsonargparse.auto_cli(
-                COMMANDS[command], args=_with_switches(COMMANDS[command], args), as_positional=False, parser_class=CommandParser, prog=prog
-            )
+            given = _with_switches(COMMANDS[command], args)
+            with no_progress_bars():
+                jsonargparse.auto_cli(COMMANDS[command], args=given, as_positional=False, parser_class=CommandParser, prog=prog)
         else:
             run_trainer_command([command, *args])
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, MisconfigurationException, UploadError) as error:
         if os.environ.get("LIGHTNING_QAT_TRACEBACK"):
             raise
         print(f"lightning-qat {command}: error: {brief(str(error))}", file=sys.stderr)

@@ -26,7 +26,7 @@ def export(
     Args:
         checkpoint: A .ckpt file, or the folder that several processes wrote.
         out: Folder to create.
-        format: Registered name of the format.
+        format: What to write: native, compressed-tensors, vllm, gguf, torchao or onnx.
         drop: Parts of the scheme that the format may leave out, separated by commas, such as input,kv.
         inexact: Allow a runtime that computes codes by other conventions; the difference is measured.
         module: package.module.Class of your own that was trained, found from the working directory, and built with the hyper-parameters of

@@ -60,7 +60,7 @@ def write_card(job: Job, writer: Format, folder: Path, entries: dict[str, Any]) 
         "What was trained": [*_table(("part", "where", "how"), _specs(job)), "", _scheme_line(figures)],
         "Size": _size(folder, figures),
         "What differs from training": _differences(job, entries.get("difference")),
-        "What was verified": _verification(writer, entries.get("verification") or {}),
+        "What was verified": _verification(entries.get("verification") or {}),
         "Results": _table(("figure", "value"), ((plain(name), _number(value)) for name, value in (job.results or {}).items())),
         "License": [_license(origin)],
         "Versions": _table(("library", "version"), versions(writer).items()),
@@ -100,8 +100,8 @@ def _metadata(job: Job, writer: Format, origin: Origin, figures: dict[str, Any])
 def _introduction(job: Job, writer: Format, origin: Origin) -> list[str]:
     base = f" of {plain(origin.name)}" if origin.name else ""
     return [
-        f"A quantized {plain(type(job.model).__name__)}{base}, trained with fake quantization by lightning_qat and written for the target "
-        f"`{writer.name}`. The folder holds exactly the integers that were trained; nothing was quantized again on the way out."
+        f"A {plain(type(job.model).__name__)}{base}, quantized by lightning_qat and written for the target `{writer.name}`. The integers in "
+        "this folder are exactly those of the model's fake quantizers; nothing was quantized again on the way out."
     ]
 
 
@@ -129,14 +129,15 @@ def _scheme_line(figures: dict[str, Any]) -> str:
         return "No weights are quantized."
     return (
         f"{figures['quantized_weights']:,} quantized weights take {figures['quantized_bits']:,} bits with their scales and zero points: "
-        f"**{figures['effective_bits']!r} bits per weight**."
+        f"**{figures['effective_bits']:.7g} bits per weight**."
     )
 
 
 def _size(folder: Path, figures: dict[str, Any]) -> list[str]:
     nominal, disk = figures["nominal_bits"] / 8, size_on_disk(folder)
     return [
-        f"{disk:,} bytes on disk, all files but this card and the manifest. Codes, scales and every other tensor take {nominal:,.0f} bytes."
+        f"{disk:,} bytes on disk, all files but this card and the manifest. Packed without gaps, codes, scales and all other tensors are "
+        f"{nominal:,.0f} bytes."
     ]
 
 
@@ -150,10 +151,11 @@ def _differences(job: Job, measured: Mapping[str, float] | None) -> list[str]:
     return [*lines, "", "Measured on outputs for example inputs, against the trained model:", "", *_table(("difference", "value"), rows)]
 
 
-def _verification(writer: Format, found: Mapping[str, Any]) -> list[str]:
+def _verification(found: Mapping[str, Any]) -> list[str]:
     rows = ((plain(name), "not compared" if value is None else _number(value)) for name, value in found.items())
     return [
-        "Before the folder got its name it was read back by the library of the target and compared bit for bit with the trained model.",
+        "Before the folder got its name it was read back with the libraries named below and compared with the model: codes and scales of "
+        "weights bit for bit, outputs by their largest difference.",
         "",
         *_table(("compared", "found"), rows),
     ]

@@ -24,10 +24,13 @@ def find_tokenizer(whole: nn.Module, model: nn.Module, given: Any) -> Any:
         What is given; else what `whole` has as its ``tokenizer``; else what lies where the model came from; else None.
 
     Raises:
-        ValueError: Nothing can be read from the folder or hub id that is given.
+        ValueError: Nothing can be read from the folder or hub id that is given, or it is no tokenizer.
     """
     if given is not None:
-        return load_tokenizer(given) if isinstance(given, str | Path) else given
+        given = load_tokenizer(given) if isinstance(given, str | Path) else given
+        if not hasattr(given, "save_pretrained"):
+            raise ValueError(f"tokenizer: got {given!r}, expected a tokenizer of transformers, a folder or a hub id")
+        return given
     if isinstance(own := getattr(whole, "tokenizer", None), PreTrainedTokenizerBase):
         return own
     if not isinstance(model, PreTrainedModel) or not model.can_generate():

@@ -19,6 +19,7 @@ from lightning_qat.formats.executed import computed_anew, difference, example_fo
 from lightning_qat.formats.fitting import Fit, check_drop, fit_model
 from lightning_qat.formats.hub import check_hub, push
 from lightning_qat.formats.manifest import MANIFEST, write_manifest
+from lightning_qat.formats.quiet import no_progress_bars
 from lightning_qat.formats.staging import check_folder, staged
 from lightning_qat.modules import scheme_of
 from lightning_qat.modules.insertion import quantized_roots
@@ -74,7 +75,7 @@ def export(
     check_results(results)
     job = _prepare(whole, writer, drop, inexact, tokenizer, example_inputs, results)
     writer.check(job)
-    with staged(target) as folder:
+    with staged(target) as folder, no_progress_bars():
         _write(job, writer, folder)
     if push_to_hub is not None:
         push(target, push_to_hub)
@@ -107,6 +108,10 @@ def quantized_part(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: No quantizers, those of a part only, sharded weights, adapters beside weights, or pruning masks.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model: got a {type(model).__name__}, expected a module with quantizers; load_trained reads one from a checkpoint"
+        )
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     model = model.module if isinstance(model, DistributedDataParallel) else model
     root = getattr(model, "quantization_root", None)

@@ -156,10 +156,12 @@ def _refusal(runtime: Runtime, name: str, hard: dict[Place, list[Misfit]], round
         dtype = _word(next(iter(rounded.values())))
         lines.append(f"weight.scale_dtype: this format stores scales as {dtype}, which would round them ({_count(list(rounded))})")
     drop = tuple(part for part in DROPPABLE if any(place.part == part for place in hard))
+    drop = () if any(place.part == "weight" for place in hard) else drop  # the refusal would only get shorter
     only_conventions = all(misfit.field in CONVENTIONS for found in hard.values() for misfit in found)
     may_differ = all(_are_conventions(place, found) for place, found in hard.items())
     ways = [f"train with QuantScheme.parse(scheme, target={name!r})"] if only_conventions else ["train with the nearest that fits"]
-    ways += [f"export with drop={drop!r}"] if drop else []
+    rounding = ", inexact=True" if rounded and not inexact else ""
+    ways += [f"export with drop={drop!r}{rounding}"] if drop else []
     ways += ["export with inexact=True, which measures the difference"] if may_differ and not inexact else []
     return f"format {name!r} cannot express the scheme:\n  " + "\n  ".join([*lines, "ways out: " + ", or ".join(ways)])
 

@@ -7,6 +7,10 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 
+class UploadError(RuntimeError):
+    """The export is complete, its upload failed."""
+
+
 def check_hub(repository: str | None) -> None:
     """Refuse, before any work, a name that no repository can have, and a machine that is not logged in.
 
@@ -34,7 +38,7 @@ def push(folder: Path, repository: str) -> None:
         repository: ``name`` or ``owner/name``.
 
     Raises:
-        RuntimeError: The upload failed; the message says where the export is and how to push it again.
+        UploadError: The upload failed; the message says where the export is and how to push it again.
     """
     api = HfApi()
     try:
@@ -42,7 +46,7 @@ def push(folder: Path, repository: str) -> None:
         api.upload_folder(folder_path=folder, repo_id=created.repo_id, commit_message=f"Export of {folder.name}")
     except Exception as error:  # of the network, of the account, of the hub: the way out is the same
         again = shlex.join(["hf", "upload", "--private", repository, str(folder), "."])
-        raise RuntimeError(
+        raise UploadError(
             f"push_to_hub: the export in {str(folder)!r} is complete and verified, but its upload to {repository!r} failed: {error}; "
             f"push it again with: {again}"
         ) from error

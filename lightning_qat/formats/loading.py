@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_qat.formats.base import check_packages, formats
 from lightning_qat.formats.manifest import read_manifest
+from lightning_qat.formats.quiet import no_progress_bars
 from lightning_qat.modules.unpacking import Scales, make_trainable
 from lightning_qat.registry import did_you_mean
 
@@ -38,7 +39,8 @@ def load_quantized(path: str | Path, model: nn.Module | None = None, *, trainabl
     check_packages(writer)
     if trainable and writer.name != "native":
         raise ValueError(f"trainable: {str(path)!r} is a {writer.name!r} export, for its runtime only; train on from a native one")
-    loaded = writer().load(folder, manifest, model)
+    with no_progress_bars():
+        loaded = writer().load(folder, manifest, model)
     return make_trainable(loaded, scales) if trainable else loaded
 
 

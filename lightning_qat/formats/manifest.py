@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"path: no {MANIFEST} in {str(folder)!r}; expected a folder written by lightning_qat.export")
+        raise ValueError(_no_export(folder))
     manifest = _parse(path)
     if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(_another_version(path, manifest))
@@ -122,6 +122,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, digest in manifest["sha256"].items():
         _check_file(folder, name, digest)
     return manifest
+
+
+def _no_export(folder: Path) -> str:
+    if not folder.is_dir():
+        hint = "that is a file; load_trained reads checkpoints" if folder.is_file() else f"nothing is there, seen from {Path.cwd()}"
+    elif (folder / "config.json").is_file():
+        hint = "a folder of transformers is read by from_pretrained"
+    else:
+        hint = "lightning-qat export makes one from a checkpoint"
+    return f"path: no {MANIFEST} in {str(folder)!r}; expected a folder written by lightning_qat.export ({hint})"
 
 
 def _parse(path: Path) -> dict[str, Any]:

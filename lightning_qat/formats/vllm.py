@@ -113,7 +113,7 @@ class VllmFormat(CompressedTensorsFormat):
 
     def usage(self, job: Job) -> str:
         """The offline engine; `vllm serve folder` is the server."""
-        return 'from vllm import LLM\n\nmodel = LLM("folder")'
+        return 'from vllm import LLM\n\nmodel = LLM("folder")  # vLLM itself was not run when the folder was verified'
 
 
 def _check_layer(job: Job, weight: LayerWeight, has_input: bool) -> None:

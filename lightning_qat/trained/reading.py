@@ -6,6 +6,7 @@ limits; here it may name nothing but the classes that torch writes into it. Ever
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def _read_file(file: Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not isinstance(error, OSError) and not zipfile.is_zipfile(file):
+            reason = "it is no whole archive, which torch.save writes"  # torch speaks of mmap or of its zip library
         raise ValueError(f"checkpoint: {str(file)!r} is not a checkpoint, or a damaged one: {reason}") from error
 
 

@@ -162,4 +162,4 @@ class CompressedTensorsFormat(Format):
     def usage(self, job: Job) -> str:
         """Nothing but transformers is needed."""
         name = type(job.model).__name__
-        return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("folder")'
+        return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("folder")  # pip install compressed-tensors'

@@ -1,7 +1,7 @@
 """Families of transformers models that a GGUF file can describe: names, metadata, and the order of rows.
 
-Only families, and only settings of them, that the metadata of the file says in full: a reader has nothing else. They are those that
-transformers' own reader rebuilds, because every export is read back with it.
+Only families, and only settings of them, that the file says in full. They are those that transformers' own reader rebuilds, because every
+export is read back with it. It leaves out scaled rotary embeddings, which llama.cpp reads; a config beside the file tells it.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lightning_qat.registry import did_you_mean
 
@@ -20,20 +21,32 @@ class Family:
 
     Args:
         architecture: ``general.architecture`` of the file.
+        ropes: Types of rotary embeddings that llama.cpp reads for it.
         permuted: Tensors whose rows are stored with the halves of each head interleaved.
         fixed: Fields of the config for which the file has no place, and the only values they may have.
     """
 
     architecture: str
+    ropes: tuple[str, ...] = ("default", "linear")
     permuted: tuple[str, ...] = ()
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
+_LLAMA_PERMUTED = ("attn_q", "attn_k")
+_LLAMA_ROPES = ("default", "linear", "llama3")
 FAMILIES = {
     "llama": Family(
         architecture="llama",
-        permuted=("attn_q", "attn_k"),
+        ropes=_LLAMA_ROPES,
+        permuted=_LLAMA_PERMUTED,
         fixed={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
+    ),
+    # Without a sliding window it computes what a Llama does; the file has no other word for it.
+    "mistral": Family(
+        architecture="llama",
+        ropes=_LLAMA_ROPES,
+        permuted=_LLAMA_PERMUTED,
+        fixed={"hidden_act": ("silu",), "sliding_window": (None,)},
     ),
     "qwen2": Family(architecture="qwen2", fixed={"hidden_act": ("silu",), "use_sliding_window": (False,)}),
     # The reader of transformers takes the default head_dim, whatever the file says.
@@ -62,10 +75,10 @@ def family_of(model: Any) -> Family:
     for name, allowed in family.fixed.items():
         if (got := getattr(config, name)) not in allowed:
             raise ValueError(f"config.{name}: got {got!r}; a GGUF file of {family.architecture!r} has no place for it, allowed: {allowed}")
-    if (rope := config.rope_parameters.get("rope_type", "default")) != "default":
+    if (rope := _rope_type(config)) not in family.ropes:
         raise ValueError(
-            f"config.rope_parameters: got rope_type={rope!r}, which transformers' GGUF reader drops, so the file could not be verified; "
-            "allowed: 'default'"
+            f"config.rope_parameters: got rope_type={rope!r}; a GGUF file of {family.architecture!r} has no place for it, "
+            f"allowed: {family.ropes}"
         )
     if _head_dim(config) * config.num_attention_heads != config.hidden_size and family.architecture == "qwen2":
         raise ValueError(f"config.head_dim: got {_head_dim(config)}; a GGUF file of 'qwen2' means hidden_size / num_attention_heads")
@@ -74,9 +87,11 @@ def family_of(model: Any) -> Family:
 
 def write_metadata(writer: Any, model: Any, family: Family) -> None:
     """The keys from which readers rebuild the config; `writer` is a ``gguf.GGUFWriter``."""
+    from gguf import RopeScalingType
+
     config = model.config
     head_dim = _head_dim(config)
-    writer.add_name(config.model_type)
+    writer.add_name(family.architecture)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -86,6 +101,9 @@ def write_metadata(writer: Any, model: Any, family: Family) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if _rope_type(config) == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
     writer.add_rope_dimension_count(head_dim)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
@@ -113,7 +131,10 @@ def tensor_names(model: Any, family: Family) -> Callable[[str], str]:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter and buffer, quantizers left out, and a tied head where it is quantized as the embedding is."""
+    """(name, tensor) of every parameter and buffer, quantizers left out, and a tied head where it is quantized as the embedding is.
+
+    Scaled rotary frequencies of Llama 3.1 come last, as what the plain ones are divided by.
+    """
     state = model.state_dict()
     tied = model.config.tie_word_embeddings  # type: ignore[union-attr]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
@@ -122,6 +143,22 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         is_copy = tied and name == "lm_head.weight" and specs[0] == specs[1]
         if "_quantizer." not in name and not is_copy:
             yield name, tensor
+    if _rope_type(model.config) == "llama3":
+        yield "rope.freqs.weight", rope_divisors(model.config)
+
+
+def rope_divisors(config: Any) -> Tensor:
+    """What the plain rotary frequencies are divided by to get the scaled ones, fp32 [head_dim / 2]."""
+    head_dim = _head_dim(config)
+    # The operations of transformers, so that frequencies which are not scaled get exactly 1.
+    plain = 1.0 / (config.rope_parameters["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
+    scaled, _ = ROPE_INIT_FUNCTIONS[_rope_type(config)](config)
+    return plain / scaled
+
+
+def needs_config(model: Any) -> bool:
+    """Whether transformers' reader leaves out something that the file says, so that a config has to lie beside it."""
+    return _rope_type(model.config) != "default"
 
 
 def row_order(model: Any, family: Family, name: str, rows: int) -> Tensor | None:
@@ -134,6 +171,11 @@ def row_order(model: Any, family: Family, name: str, rows: int) -> Tensor | None
         return None
     heads = rows // _head_dim(config)
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def _rope_type(config: Any) -> str:
+    kind: str = config.rope_parameters.get("rope_type", "default")
+    return kind
 
 
 def _head_dim(config: Any) -> int:

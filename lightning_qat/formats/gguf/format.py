@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from lightning_qat.formats.base import Format, Job, formats
 from lightning_qat.formats.codes import IntegerWeight
 from lightning_qat.formats.company import model_dtype
-from lightning_qat.formats.gguf.architectures import DTYPES, family_of, row_order, stored_tensors, tensor_names, write_metadata
+from lightning_qat.formats.gguf.architectures import (
+    DTYPES,
+    family_of,
+    needs_config,
+    row_order,
+    stored_tensors,
+    tensor_names,
+    write_metadata,
+)
 from lightning_qat.formats.gguf.blocks import BLOCK_TYPES
 from lightning_qat.formats.gguf.encoding import block_type, check_scales, encode
-from lightning_qat.formats.gguf.reading import FILE, compare_tensors, load_model, logits_of, written_tensors
+from lightning_qat.formats.gguf.reading import FILE, compare_tensors, load_model, logits_of, save_config, written_tensors
 from lightning_qat.formats.gguf.tokenizer import check_tokenizer, compare_tokenizers, write_tokenizer
 from lightning_qat.formats.verification import compare_outputs, weights_to_store
 from lightning_qat.modules.layer import quant_layers
@@ -101,7 +109,7 @@ class GgufFormat(Format):
         _check_inputs(job, {weight.name: weight for weight in weights.values()})
 
     def write(self, job: Job, folder: Path) -> dict[str, Any]:
-        """One file; the manifest gets the block type of every weight, and bits that are stored for each trained one."""
+        """One file, and a config where transformers' reader leaves something out; the manifest gets the block type of every weight, and bits that are stored for each trained one."""
         from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
         family = family_of(job.model)
@@ -128,6 +136,8 @@ class GgufFormat(Format):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        if needs_config(job.model):
+            save_config(job.model, folder)
         stored = sum(BLOCK_TYPES[kind].bits * count for kind, count in elements.items())
         return {
             "types": types,
@@ -147,9 +157,12 @@ class GgufFormat(Format):
 
     def usage(self, job: Job) -> str:
         """With transformers; llama.cpp takes the file as it is."""
+        names, more = "AutoModelForCausalLM, AutoTokenizer", ""
+        if needs_config(job.model):
+            names, more = f"AutoConfig, {names}", ', config=AutoConfig.from_pretrained("folder")'
         return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("folder", gguf_file="{FILE}")  # llama.cpp: llama-cli -m folder/{FILE}\n'
+            f"from transformers import {names}\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("folder", gguf_file="{FILE}"{more})  # llama.cpp: llama-cli -m folder/{FILE}\n'
             f'tokenizer = AutoTokenizer.from_pretrained("folder", gguf_file="{FILE}")'
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import CONFIG_NAME
 
 from lightning_qat.formats.base import Job
 from lightning_qat.formats.codes import IntegerWeight
@@ -58,15 +59,25 @@ def compare_tensors(job: Job, file: Path) -> dict[str, Any]:
     return compare_weights(job, read_codes)
 
 
+def save_config(model: Any, folder: Path) -> None:
+    """What transformers reads from the file, with the rotary embeddings that its reader leaves out, as a config beside the file."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, gguf_file=FILE)
+    config.rope_parameters = dict(model.config.rope_parameters)
+    config.save_pretrained(folder)
+
+
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
-    """A dense model of transformers, in eval mode.
+    """A dense model of transformers, in eval mode; a config beside the file wins over what transformers reads from it.
 
     Raises:
         RuntimeError: The file lacks a tensor, or has one too many.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=dtype, output_loading_info=True)
+    config = {"config": AutoConfig.from_pretrained(folder)} if (folder / CONFIG_NAME).exists() else {}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=dtype, output_loading_info=True, **config)
     model, info = loaded
     if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]):
         raise RuntimeError(f"export: transformers could not place {wrong[0]} of the GGUF file")

@@ -60,7 +60,8 @@ class OnnxFormat(Format):
         settings = "".join(f'options.add_session_config_entry("{key}", "{value}")\n' for key, value in SETTINGS.items())
         return (
             f"import onnxruntime\n\noptions = onnxruntime.SessionOptions()\n{settings}"
-            f'session = onnxruntime.InferenceSession("folder/{FILE}", options, disabled_optimizers={list(DISABLED)})'
+            f'session = onnxruntime.InferenceSession("folder/{FILE}", options, disabled_optimizers={list(DISABLED)})\n'
+            "print([(value.name, value.shape) for value in session.get_inputs()])  # then session.run(None, {name: numpy array})"
         )
 
     def check(self, job: Job) -> None:
