@@ -100,8 +100,8 @@ def _metadata(job: Job, writer: Format, origin: Origin, figures: dict[str, Any])
 def _introduction(job: Job, writer: Format, origin: Origin) -> list[str]:
     base = f" of {plain(origin.name)}" if origin.name else ""
     return [
-        f"A {plain(type(job.model).__name__)}{base}, quantized by lightning_qat and written for the target `{writer.name}`. The integers in "
-        "this folder are exactly those of the model's fake quantizers; nothing was quantized again on the way out."
+        f"A {plain(type(job.model).__name__)}{base}, quantized by lightning_qat and written for the target `{writer.name}`. The integers "
+        "in this folder are exactly those of the model's fake quantizers; nothing was quantized again on the way out."
     ]
 
 

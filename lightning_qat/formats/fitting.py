@@ -80,7 +80,7 @@ def fit_model(model: nn.Module, runtime: Runtime, name: str, scale_dtype: torch.
     hard = [place for place, found in misfits.items() if not inexact or not _are_conventions(place, found)]
     rounded = {weight.name: scale_dtype for weight in layer_weights(model) if not _fits(weight, scale_dtype)}
     if hard or (rounded and not inexact):
-        raise ValueError(_refusal(runtime, name, {place: misfits[place] for place in hard}, rounded, inexact))
+        raise ValueError(_refusal(runtime, name, {place: misfits[place] for place in hard}, rounded, drop, inexact))
     fitted = {place: _nearest(runtime, place) for place in misfits}
     dropped = tuple(part for part in DROPPABLE if part in drop and any(place.part == part for place in quantized_places(model)))
     notes = [f"dropped: {part}" for part in dropped]
@@ -141,7 +141,9 @@ def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _refusal(runtime: Runtime, name: str, hard: dict[Place, list[Misfit]], rounded: dict[str, torch.dtype], inexact: bool) -> str:
+def _refusal(
+    runtime: Runtime, name: str, hard: dict[Place, list[Misfit]], rounded: dict[str, torch.dtype], drop: Collection[str], inexact: bool
+) -> str:
     """One line for each kind of misfit, then the ways out."""
     kinds: dict[str, list[Place]] = {}
     for place, found in hard.items():
@@ -155,15 +157,24 @@ def _refusal(runtime: Runtime, name: str, hard: dict[Place, list[Misfit]], round
     if rounded:
         dtype = _word(next(iter(rounded.values())))
         lines.append(f"weight.scale_dtype: this format stores scales as {dtype}, which would round them ({_count(list(rounded))})")
-    drop = tuple(part for part in DROPPABLE if any(place.part == part for place in hard))
-    drop = () if any(place.part == "weight" for place in hard) else drop  # the refusal would only get shorter
     only_conventions = all(misfit.field in CONVENTIONS for found in hard.values() for misfit in found)
-    may_differ = all(_are_conventions(place, found) for place, found in hard.items())
     ways = [f"train with QuantScheme.parse(scheme, target={name!r})"] if only_conventions else ["train with the nearest that fits"]
-    rounding = ", inexact=True" if rounded and not inexact else ""
-    ways += [f"export with drop={drop!r}{rounding}"] if drop else []
-    ways += ["export with inexact=True, which measures the difference"] if may_differ and not inexact else []
+    ways += [f"export with {options}" for options in _options_that_fit(hard, bool(rounded), drop, inexact)]
     return f"format {name!r} cannot express the scheme:\n  " + "\n  ".join([*lines, "ways out: " + ", or ".join(ways)])
+
+
+def _options_that_fit(hard: dict[Place, list[Misfit]], rounds: bool, drop: Collection[str], inexact: bool) -> list[str]:
+    """Arguments that make the export go through, together with those that were given: all that does not fit left out, or what has to be."""
+    if any(place.part == "weight" for place in hard):
+        return []
+    misfit = {*drop, *(place.part for place in hard)}
+    impossible = {*drop, *(place.part for place, found in hard.items() if not _are_conventions(place, found))}
+    options = []
+    for parts, differs in ((misfit, inexact or rounds), (impossible, True)):
+        kept = tuple(part for part in DROPPABLE if part in parts)
+        words = ([f"drop={kept!r}"] if kept else []) + (["inexact=True, which measures the difference"] if differs else [])
+        options.append(", ".join(words))
+    return list(dict.fromkeys(option for option in options if option))
 
 
 def _count(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """`lightning-qat export`, `quantize` and `evaluate`: from checkpoints of every kind to folders, with the options of the verb."""
 
 import json
+import logging
 import sys
 
 import lightning.pytorch as pl
@@ -10,8 +11,10 @@ from models import llama, save_causal_lm, token_ids
 from torch.utils.data import DataLoader
 
 from lightning_qat import DistillationModule, QuantizationCallback, QuantScheme, load_quantized
-from lightning_qat.cli import main
+from lightning_qat.cli import commands, main
 from lightning_qat.formats.codes import stored_codes
+from lightning_qat.formats.hub import UploadError
+from lightning_qat.generation import load_causal_lm
 from lightning_qat.modules import scheme_of
 from lightning_qat.modules.weights import layer_weights
 
@@ -169,3 +172,42 @@ def test_quantize_takes_a_target_and_a_format(distilled, tmp_path, capsys):
     assert main([str(part) for part in (*command, "--target", "compressed-tensors")]) == 0, capsys.readouterr().err
     scheme = json.loads((tmp_path / "out" / "manifest.json").read_text())["scheme"]
     assert scheme["input"]["divisor"] == "half_range"
+
+
+def test_the_tokenizer_of_a_gguf_file_is_found_in_it(tmp_path, capsys):
+    pytest.importorskip("gguf")
+    load_causal_lm("tiny-teacher").save_pretrained(tmp_path / "model")  # no tokenizer beside it
+    (tmp_path / "text.txt").write_text("def answer(): return 42\n" * 2)
+    command = ("quantize", "--model", tmp_path / "model", "--scheme", "gguf-q8_0", "--format", "gguf", "--out", tmp_path / "out")
+    assert "tokenizer" in refused(capsys, *command)
+    assert main([str(part) for part in (*command, "--tokenizer", "tiny-teacher")]) == 0, capsys.readouterr().err
+    command = ("evaluate", "--model", tmp_path / "out", "--text", tmp_path / "text.txt", "--context", "16")
+    assert main([str(part) for part in command]) == 0, capsys.readouterr().err
+
+
+def test_what_scores_text_only_does_not_continue_it(distilled, tmp_path, capsys, monkeypatch):
+    _, teacher, _ = distilled
+    monkeypatch.setattr(commands, "load_causal_lm", lambda name: torch.nn.Linear(2, 2))
+    assert "prompt: " in refused(capsys, "evaluate", "--model", teacher, "--prompt", "def f(")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "quantize"])
+def test_a_model_that_is_not_there_is_no_teacher(command, tmp_path, capsys):
+    options = [] if command == "evaluate" else ["--scheme", "w4", "--out", tmp_path / "out"]
+    assert "error: model: no folder at" in refused(capsys, command, "--model", tmp_path / "nothing", *options)
+
+
+def test_a_failed_upload_is_one_message(distilled, tmp_path, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise UploadError("push_to_hub: the export is complete")
+
+    monkeypatch.setattr(sys.modules["lightning_qat.cli.export"], "export_model", fail)
+    assert "the export is complete" in refused(capsys, "export", "--checkpoint", distilled[0], "--out", tmp_path / "out")
+
+
+def test_what_torchao_says_when_it_is_imported_is_left_out(caplog):
+    assert main(["--help"]) == 0
+    logging.getLogger("torchao").warning("Failed to load a.so: no such file")
+    logging.getLogger("torch.utils._pytree").warning("<enum 'A'> is an Enum subclass and is now natively supported")
+    logging.getLogger("torchao").warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

@@ -23,6 +23,12 @@ def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
+@pytest.mark.parametrize("model", ["tiny-teacher", None, Path("last.ckpt")])
+def test_what_is_no_module_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match=r"model: got a \w+, expected a module.*load_trained"):
+        export(model, tmp_path / "out")
+
+
 # ---------------------------------------------------------------- tokenizer, chat template, generation config
 
 
@@ -44,6 +50,13 @@ def test_a_hub_id_that_cannot_be_asked_tells_why_there_is_no_tokenizer(tmp_path,
     assert caught[0].filename == __file__
     with pytest.raises(ValueError, match="none can be read from 'other'"):
         export(model, tmp_path / "new", tokenizer="other")
+
+
+@pytest.mark.parametrize("tokenizer", [3, ["tokenizer.json"], str.split])
+def test_what_is_no_tokenizer_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer: got .*, expected a tokenizer of transformers"):
+        export(quantized(llama, "w4"), tmp_path / "out", tokenizer=tokenizer)
+    assert not names(tmp_path)
 
 
 def test_everything_that_belongs_to_a_language_model_is_there(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -43,9 +44,33 @@ def test_every_misfit_is_named_once_with_the_ways_out():
     assert "the nearest that fits: code_range='full', divisor='half_range'" in lines[1]
     assert "(model.layers.0.self_attn.q_proj and 13 more)" in lines[1]
     assert lines[2].startswith("  kv: this format executes no quantized kv (model.layers.0.self_attn and 1 more)")
-    assert "drop=('input', 'kv')" in lines[-1]
-    assert "inexact=True" not in lines[-1], "it would not help: the kv has to be dropped"
+    assert lines[-1].endswith("export with drop=('input', 'kv'), or export with drop=('kv',), inexact=True, which measures the difference")
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, [(("input", "kv"), True), (("kv",), True)]),
+        ({"drop": ("kv",)}, [(("input", "kv"), True), (("kv",), True)]),  # not ('input',): that would ask for the keys and values again
+        ({"drop": ("input",)}, [(("input", "kv"), True)]),
+        ({"inexact": True}, [(("kv",), True)]),
+        ({"drop": ("input", "kv")}, [(("input", "kv"), True)]),
+    ],
+)
+def test_the_arguments_that_are_told_go_through(given, told):
+    with pytest.raises(ValueError, match="ways out") as caught:
+        fit(quantized(), scale_dtype=torch.bfloat16, **given)
+    line = str(caught.value).splitlines()[-1]
+    assert re.findall(r"drop=(\(.*?\)), inexact=(\w+)", line) == [(str(drop), str(inexact)) for drop, inexact in told]
+    for drop, inexact in told:
+        fit(quantized(), drop, inexact, scale_dtype=torch.bfloat16)
+
+
+def test_nothing_but_training_helps_a_weight_that_does_not_fit():
+    model = quantized(QuantScheme(weight=TensorSpec(bits=3), input=TensorSpec(bits=8, granularity="token")))
+    with pytest.raises(ValueError, match=r"ways out: train with the nearest that fits$"):
+        fit(model)
 
 
 def test_conventions_alone_may_be_inexact():

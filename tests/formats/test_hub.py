@@ -8,6 +8,7 @@ from models import mlp
 
 from lightning_qat import export, insert_quantizers, load_quantized
 from lightning_qat.formats import hub
+from lightning_qat.formats.hub import UploadError
 
 
 class FakeHub:
@@ -78,7 +79,7 @@ def test_what_was_uploaded_is_read_as_an_export(there, tmp_path):
 def test_a_failed_upload_leaves_the_export_and_tells_the_way(place, error, there, tmp_path):
     there.fails_in, there.error = place, error
     folder = tmp_path / "my export"
-    with pytest.raises(RuntimeError, match=r"push_to_hub: the export in .*my export.* is complete and verified, but its upload") as raised:
+    with pytest.raises(UploadError, match=r"push_to_hub: the export in .*my export.* is complete and verified, but its upload") as raised:
         export(quantized(), folder, push_to_hub="owner/name")
     assert str(error) in str(raised.value)
     assert raised.value.__cause__ is error

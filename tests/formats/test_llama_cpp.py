@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from byte_tokenizers import ROWS, byte_tokenizer
-from models import llama
+from models import SIZES, _build, llama, llama3, qwen3
 from torch.nn.functional import cross_entropy
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lightning_qat import QuantScheme, TensorSpec, export, insert_quantizers
 from lightning_qat.generation import load_causal_lm, load_tokenizer
@@ -19,6 +20,14 @@ pytest.importorskip("gguf")
 
 G32 = {"granularity": "group", "group_size": 32}
 FIRST = range(10, 34)  # tokens that begin a text; each is a test of its own
+
+
+def mistral(**changes):
+    return _build(MistralForCausalLM, MistralConfig, **SIZES | {"tie_word_embeddings": False} | changes)
+
+
+def qwen2(**changes):
+    return _build(Qwen2ForCausalLM, Qwen2Config, **SIZES | {"tie_word_embeddings": False} | changes)
 
 
 def half(bits, **fields):
@@ -96,6 +105,45 @@ def test_logits_are_those_of_our_weights_on_its_inputs(exported):
     assert apart.median() < 2e-5
     assert apart.max() < 0.1
     assert apart.median() < 0.01 * (weights_only - theirs).abs().amax(-1).median()
+
+
+ROPES = {
+    "llama3": {"rope_parameters": llama3().config.rope_parameters},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+}
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+FAMILIES = {
+    **{name: (llama, rope) for name, rope in ROPES.items()},
+    "linear-qwen2": (qwen2, ROPES["linear"]),
+    "linear-qwen3-head-dim": (qwen3, ROPES["linear"]),
+    "biases": (llama, PLAIN | {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (mistral, PLAIN | {"sliding_window": None}),
+    "mistral-llama3": (mistral, ROPES["llama3"] | {"sliding_window": None}),
+    "qwen3-head-dim": (qwen3, PLAIN),
+}
+
+
+@pytest.mark.parametrize(("build", "changes"), FAMILIES.values(), ids=FAMILIES)
+def test_long_texts_are_read_as_by_transformers(build, changes, tmp_path):
+    """Positions, biases and heads: one small matrix is quantized, so the others are products in floating point on both sides."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": ROWS, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    model = build(**shape | changes)
+    insert_quantizers(model, QuantScheme(weight=half(8, **G32), include=("down_proj",)), allow_partial=True)
+    engine = served(export(model, tmp_path / "out", format="gguf", tokenizer=byte_tokenizer()))
+    for _, layer in quant_layers(model):
+        layer.register_forward_pre_hook(lambda _, args: (in_blocks(args[0], 32),))
+    ids = torch.randint(ROWS, (60,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = model(ids[None]).logits[0]
+        if (rope := changes["rope_parameters"])["rope_type"] != "default":
+            rotary = model.model.rotary_emb
+            rotary.inv_freq, _ = rotary.compute_default_rope_parameters(model.config)
+            unscaled = model(ids[None]).logits[0]
+            assert (ours - unscaled)[8:].abs().amax(-1).median() > 0.1, rope
+    apart = (ours - logits_of(engine, ids.tolist())).abs().amax(-1)
+    assert apart.median() < 2e-5
+    assert apart.max() < 0.1
+    engine.close()
 
 
 @pytest.mark.slow

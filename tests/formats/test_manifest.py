@@ -277,3 +277,21 @@ def test_no_format_unpickles_or_trusts_code():
         source = file.read_text("utf-8")
         for words in ("trust_remote_code=True", "pickle.load", "torch.load(", "weights_only=False", "exec(", "eval("):
             assert words not in re.sub(r"\.eval\(|def eval\(", "", source), f"{words} in {file}"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("nothing", "nothing is there, seen from"),
+        ("last.ckpt", "load_trained reads checkpoints"),
+        ("transformers", "read by from_pretrained"),
+        ("empty", "makes one from a checkpoint"),
+    ],
+)
+def test_what_is_no_export_is_told_with_what_reads_it(name, hint, tmp_path):
+    (tmp_path / "last.ckpt").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"no manifest.json in .*{hint}"):
+        load_quantized(tmp_path / name)

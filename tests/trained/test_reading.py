@@ -112,7 +112,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
         read_checkpoint(path)
     for content in (b"", b"not a checkpoint at all", pickle.dumps(b"x" * 100)[:50]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is not a checkpoint"):
+        with pytest.raises(ValueError, match="is not a checkpoint, or a damaged one: it is no whole archive"):
             read_checkpoint(path)
     torch.save({"weights": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="it holds no 'state_dict'"):
@@ -122,7 +122,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
         read_checkpoint(path)
     torch.save({"state_dict": {"a": torch.ones(500)}}, path)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match="or a damaged one"):
+    with pytest.raises(ValueError, match="or a damaged one: it is no whole archive"):
         read_checkpoint(path)
 
 

@@ -1,6 +1,7 @@
 """GGUF, the file of llama.cpp: the trained codes and scales in ggml's block types, metadata and tokenizer in one file.
 
     model.gguf       all of it; nothing else is needed to serve the model
+    config.json      only for transformers, where its reader leaves out something that the file says (scaled rotary embeddings)
 
 Which type holds which weight is told in :mod:`~lightning_qat.formats.gguf.encoding`; ggml's own quantizers are never called, because their
 rules are others (Q4_0: signed maximum over -8). Every export is read back with the `gguf` package, codes, scales and values bit for bit,

@@ -1,7 +1,7 @@
 """Families of transformers models that a GGUF file can describe: names, metadata, and the order of rows.
 
 Only families, and only settings of them, that the file says in full. They are those that transformers' own reader rebuilds, because every
-export is read back with it. It leaves out scaled rotary embeddings, which llama.cpp reads; a config beside the file tells it.
+export is read back with it. What it leaves out of what the file says, and llama.cpp reads, a config beside the file tells it.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,12 +24,14 @@ class Family:
         ropes: Types of rotary embeddings that llama.cpp reads for it.
         permuted: Tensors whose rows are stored with the halves of each head interleaved.
         fixed: Fields of the config for which the file has no place, and the only values they may have.
+        unread: Fields that transformers' reader does not take from the file, and the values that it assumes.
     """
 
     architecture: str
     ropes: tuple[str, ...] = ("default", "linear")
     permuted: tuple[str, ...] = ()
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    unread: dict[str, Any] = field(default_factory=dict)
 
 
 _LLAMA_PERMUTED = ("attn_q", "attn_k")
@@ -39,7 +41,8 @@ FAMILIES = {
         architecture="llama",
         ropes=_LLAMA_ROPES,
         permuted=_LLAMA_PERMUTED,
-        fixed={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
+        fixed={"hidden_act": ("silu",)},
+        unread={"attention_bias": False, "mlp_bias": False},
     ),
     # Without a sliding window it computes what a Llama does; the file has no other word for it.
     "mistral": Family(
@@ -49,10 +52,10 @@ FAMILIES = {
         fixed={"hidden_act": ("silu",), "sliding_window": (None,)},
     ),
     "qwen2": Family(architecture="qwen2", fixed={"hidden_act": ("silu",), "use_sliding_window": (False,)}),
-    # The reader of transformers takes the default head_dim, whatever the file says.
     "qwen3": Family(
         architecture="qwen3",
-        fixed={"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,), "head_dim": (128,)},
+        fixed={"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
+        unread={"head_dim": 128},
     ),
 }
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -156,9 +159,13 @@ def rope_divisors(config: Any) -> Tensor:
     return plain / scaled
 
 
-def needs_config(model: Any) -> bool:
-    """Whether transformers' reader leaves out something that the file says, so that a config has to lie beside it."""
-    return _rope_type(model.config) != "default"
+def unread_settings(model: Any) -> dict[str, Any]:
+    """Fields of the config that the file says and transformers' reader leaves out, where they are not what it assumes."""
+    config, unread = model.config, family_of(model).unread
+    settings = {name: value for name, assumed in unread.items() if (value := getattr(config, name)) != assumed}
+    if _rope_type(config) != "default":
+        settings["rope_parameters"] = dict(config.rope_parameters)
+    return settings
 
 
 def row_order(model: Any, family: Family, name: str, rows: int) -> Tensor | None:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_qat.formats.codes import IntegerWeight
-from lightning_qat.formats.gguf.blocks import BLOCK_TYPES, Blocks, BlockType, Bytes
+from lightning_qat.formats.gguf.blocks import BLOCK_TYPES, Blocks, BlockType
+from lightning_qat.formats.gguf.planes import Bytes
 from lightning_qat.formats.verification import Stored
 from lightning_qat.numerics.grid import Grid
 from lightning_qat.quantizers import quantizers

@@ -14,10 +14,10 @@ from lightning_qat.formats.company import model_dtype
 from lightning_qat.formats.gguf.architectures import (
     DTYPES,
     family_of,
-    needs_config,
     row_order,
     stored_tensors,
     tensor_names,
+    unread_settings,
     write_metadata,
 )
 from lightning_qat.formats.gguf.blocks import BLOCK_TYPES
@@ -109,7 +109,10 @@ class GgufFormat(Format):
         _check_inputs(job, {weight.name: weight for weight in weights.values()})
 
     def write(self, job: Job, folder: Path) -> dict[str, Any]:
-        """One file, and a config where transformers' reader leaves something out; the manifest gets the block type of every weight, and bits that are stored for each trained one."""
+        """One file, and a config where transformers' reader leaves something out.
+
+        The manifest gets the block type of every weight, and bits that are stored for each trained one.
+        """
         from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
         family = family_of(job.model)
@@ -136,8 +139,8 @@ class GgufFormat(Format):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        if needs_config(job.model):
-            save_config(job.model, folder)
+        if settings := unread_settings(job.model):
+            save_config(folder, settings)
         stored = sum(BLOCK_TYPES[kind].bits * count for kind, count in elements.items())
         return {
             "types": types,
@@ -158,7 +161,7 @@ class GgufFormat(Format):
     def usage(self, job: Job) -> str:
         """With transformers; llama.cpp takes the file as it is."""
         names, more = "AutoModelForCausalLM, AutoTokenizer", ""
-        if needs_config(job.model):
+        if unread_settings(job.model):
             names, more = f"AutoConfig, {names}", ', config=AutoConfig.from_pretrained("folder")'
         return (
             f"from transformers import {names}\n\n"

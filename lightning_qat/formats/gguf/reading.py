@@ -12,8 +12,9 @@ from transformers.utils import CONFIG_NAME
 from lightning_qat.formats.base import Job
 from lightning_qat.formats.codes import IntegerWeight
 from lightning_qat.formats.gguf.architectures import family_of, row_order, stored_tensors, tensor_names
-from lightning_qat.formats.gguf.blocks import BLOCK_TYPES, Bytes
+from lightning_qat.formats.gguf.blocks import BLOCK_TYPES
 from lightning_qat.formats.gguf.encoding import decode
+from lightning_qat.formats.gguf.planes import Bytes
 from lightning_qat.formats.verification import Stored, compare_weights, weights_to_store
 
 FILE = "model.gguf"
@@ -59,13 +60,12 @@ def compare_tensors(job: Job, file: Path) -> dict[str, Any]:
     return compare_weights(job, read_codes)
 
 
-def save_config(model: Any, folder: Path) -> None:
-    """What transformers reads from the file, with the rotary embeddings that its reader leaves out, as a config beside the file."""
+def save_config(folder: Path, settings: dict[str, Any]) -> None:
+    """What transformers reads from the file, with the settings that its reader leaves out, as a config beside the file."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, gguf_file=FILE)
-    config.rope_parameters = dict(model.config.rope_parameters)
-    config.save_pretrained(folder)
+    type(config).from_dict(config.to_dict() | settings).save_pretrained(folder)
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
