@@ -54,8 +54,13 @@ class Rule:
         return [Misfit(field, getattr(spec, field), allowed) for field, allowed in fields if getattr(spec, field) not in allowed]
 
     def fit(self, spec: Spec) -> Spec:
-        """The nearest spec that fits."""
-        return replace(spec, **{misfit.field: misfit.allowed[0] for misfit in self.misfits(spec)})
+        """The nearest spec that fits; what another field makes meaningless goes with it."""
+        changed = {misfit.field: misfit.allowed[0] for misfit in self.misfits(spec)}
+        if changed.get("symmetric") is True:
+            changed.setdefault("zero_point", "integer")  # which says that there is none
+        if changed.get("granularity", "group") != "group" and isinstance(spec, TensorSpec):
+            changed.setdefault("group_size", None)
+        return replace(spec, **changed)
 
 
 def rule(**allowed: tuple[Any, ...]) -> Rule:

@@ -98,3 +98,19 @@ def test_every_runtime_is_a_format_with_rules_that_name_fields():
 @pytest.mark.parametrize("name", PRESETS.names())
 def test_a_preset_is_plain_data(name):
     assert QuantScheme.parse(QuantScheme.parse(name).to_dict()) == PRESETS.get(name)
+
+
+@pytest.mark.parametrize("name", runtimes.names())
+def test_the_nearest_spec_can_be_built_whatever_was_trained(name):
+    """Every preset, and every form of inputs: a rule that leaves a field out may name a spec that does not exist."""
+    runtime = runtimes.get(name)
+    schemes = [PRESETS.get(preset) for preset in PRESETS.names()]
+    inputs = [scheme.input for scheme in schemes if scheme.input is not None]
+    inputs += [replace(TensorSpec(bits=8, granularity="token"), symmetric=False, zero_point=zero) for zero in ("integer", "float")]
+    inputs += [TensorSpec(bits=8, granularity="tensor", dynamic=False), TensorSpec(bits=8, granularity="token", code_range="unsigned")]
+    weights = [scheme.weight for scheme in schemes if scheme.weight is not None] + [TensorSpec(bits=4, symmetric=False)]
+    kv = [scheme.kv for scheme in schemes if scheme.kv is not None] + [KVSpec(bits=4, symmetric=False), KVSpec(bits=8)]
+    for part, specs in (("weight", weights), ("input", inputs), ("kv", kv)):
+        for spec in specs:
+            nearest = runtime.nearest(part, spec)
+            assert nearest is None or nearest.misfits(nearest.fit(spec)) == [], (part, spec)

@@ -59,7 +59,7 @@ def load_module(checkpoint: str | Path, model: Model = None) -> pl.LightningModu
     if model is None and "quantization_scheme" not in saved:
         raise ValueError(
             f"model: {place!r} is not a checkpoint of a DistillationModule; pass what was trained, "
-            "load_trained(path, model=MyModule(...)), on the command line --module package.module.MyModule"
+            "load_trained(path, model=MyModule(...)), or lightning-qat export --module package.module.MyModule"
         )
     module = _restored(model, saved) if isinstance(model, pl.LightningModule) else _built(model or DistillationModule, saved, place)
     root = _root(module, saved, place)

@@ -75,9 +75,10 @@ def _read_file(file: Path) -> Any:
 
 def _read_folder(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).is_file() or not (folder / REST).is_file():
+        inside = [entry.name for entry in sorted(folder.iterdir()) if is_checkpoint(entry)]
         raise ValueError(
             f"checkpoint: the folder {str(folder)!r} holds no {INDEX} and {REST}; expected what ModelParallelStrategy (FSDP2) writes, or a "
-            ".ckpt file (a folder written by export is read by load_quantized)"
+            f".ckpt file (a folder written by export is read by load_quantized){f'; in it is {inside[-1]!r}' if inside else ''}"
         )
     saved: dict[str, Any] = _read_file(folder / REST)
     reader = _Reader(folder)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_qat import DistillationModule, QuantizationCallback, QuantScheme, load_quantized
 from lightning_qat.cli import commands, main
+from lightning_qat.formats import formats
 from lightning_qat.formats.codes import stored_codes
 from lightning_qat.formats.hub import UploadError
 from lightning_qat.generation import load_causal_lm
@@ -211,3 +212,9 @@ def test_what_torchao_says_when_it_is_imported_is_left_out(caplog):
     logging.getLogger("torch.utils._pytree").warning("<enum 'A'> is an Enum subclass and is now natively supported")
     logging.getLogger("torchao").warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
+@pytest.mark.parametrize("command", ["export", "quantize"])
+def test_help_names_every_format(command):
+    text = commands.COMMANDS[command].__doc__ or ""
+    assert [name for name in formats.names() if name not in text] == []

@@ -102,6 +102,15 @@ def test_a_damaged_folder_is_refused(damage, name, folder):
         read_checkpoint(folder)
 
 
+def test_a_folder_of_checkpoints_tells_one_of_them(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no \.metadata.*load_quantized\)$"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "epoch=0.ckpt").touch()
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(ValueError, match=r"in it is 'last\.ckpt'$"):
+        read_checkpoint(tmp_path)
+
+
 class Pickled:
     pass
 
