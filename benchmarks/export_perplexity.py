@@ -82,17 +82,17 @@ def page(result: dict[str, Any]) -> Iterator[str]:
     yield f"```bash\n{result['command']}\n```\n"
     yield f"Run on {result['date']}: {device['cpu']}, {device['cpu_threads']} CPU threads."
     yield f"{', '.join(f'{name} {version}' for name, version in result['versions'].items() if version)}.\n"
-    yield f"Perplexity on {result['tokens']:,} held-out tokens after {result['steps']} steps of distillation of the bundled teacher; in"
-    yield "brackets the relative distance to the fake-quantized model. *Control* is that distance for the fake-quantized model itself when the"
-    yield "last bits of what its linear layers return are changed at random (6e-8): where activations are quantized, a rounding that falls on the"
-    yield "other side grows, so no runtime with products of its own (ONNX Runtime) can be nearer than that.\n"
+    yield f"Perplexity on {result['tokens']:,} held-out tokens after {result['steps']} steps of distillation of the bundled teacher;"
+    yield "in brackets the relative distance to the fake-quantized model. *Control* is that distance for the fake-quantized model itself"
+    yield "when the last bits of what its linear layers return are changed at random (6e-8): where activations are quantized, a rounding"
+    yield "that falls on the other side grows, so a runtime with products of its own (ONNX Runtime) cannot be nearer than that.\n"
     yield f"| preset | fake-quantized | control | {' | '.join(names)} |"
     yield "|---" * (len(names) + 3) + "|"
     for row in rows:
         cells = " | ".join(_cell(row["runtimes"][name]) for name in names)
         yield f"| `{row['preset']}` | {row['fake_quantized']:.4f} | {row['control']:.1e} | {cells} |"
-    yield "\nNot the same model on purpose: `gguf` is read by transformers, which leaves the inputs of `llama.cpp-w4a8` in floating point, and"
-    yield "`vllm` by transformers too, which divides by 127.5 where vLLM and `vllm-w8a8` divide by 127."
+    yield "\nNot the same model on purpose: transformers reads `gguf` and leaves the inputs of `llama.cpp-w4a8` in floating point; it reads"
+    yield "`vllm` too, and divides by 127.5 where vLLM and `vllm-w8a8` divide by 127."
     yield "\nRefused:\n"
     for row in rows:
         refused = [(name, cell["refused"]) for name, cell in row["runtimes"].items() if "refused" in cell]

@@ -26,8 +26,8 @@ from lightning_qat.cli.plan import plan
 from lightning_qat.evaluation import HELD_OUT, read_documents, score_text, text_windows
 from lightning_qat.formats import export as export_model
 from lightning_qat.formats import load_quantized
-from lightning_qat.formats.hub import UploadError
-from lightning_qat.formats.quiet import no_progress_bars
+from lightning_qat.formats.folder.hub import UploadError
+from lightning_qat.formats.folder.quiet import no_progress_bars
 from lightning_qat.generation import load_causal_lm, load_tokenizer
 from lightning_qat.modules import cached_weights, insert_quantizers
 from lightning_qat.scheme import QuantScheme

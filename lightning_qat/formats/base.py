@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_qat.formats.executed import Example
-from lightning_qat.formats.fitting import Fit
+from lightning_qat.formats.exactness.executed import Example
+from lightning_qat.formats.exactness.fitting import Fit
 from lightning_qat.registry import Registry
 from lightning_qat.runtime import Runtime
 from lightning_qat.scheme import QuantScheme

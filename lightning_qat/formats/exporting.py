@@ -13,14 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lightning_qat.formats.base import Format, Job, check_packages, formats
-from lightning_qat.formats.card import check_results, write_card
-from lightning_qat.formats.company import find_tokenizer
-from lightning_qat.formats.executed import computed_anew, difference, example_for, executing, outputs_of
-from lightning_qat.formats.fitting import Fit, check_drop, fit_model
-from lightning_qat.formats.hub import check_hub, push
-from lightning_qat.formats.manifest import MANIFEST, write_manifest
-from lightning_qat.formats.quiet import no_progress_bars
-from lightning_qat.formats.staging import check_folder, staged
+from lightning_qat.formats.exactness.executed import computed_anew, difference, example_for, executing, outputs_of
+from lightning_qat.formats.exactness.fitting import Fit, check_drop, fit_model
+from lightning_qat.formats.folder.card import check_results, write_card
+from lightning_qat.formats.folder.company import find_tokenizer
+from lightning_qat.formats.folder.hub import check_hub, push
+from lightning_qat.formats.folder.manifest import MANIFEST, write_manifest
+from lightning_qat.formats.folder.quiet import no_progress_bars
+from lightning_qat.formats.folder.staging import check_folder, staged
 from lightning_qat.modules import scheme_of
 from lightning_qat.modules.insertion import quantized_roots
 from lightning_qat.modules.layer import quant_layers

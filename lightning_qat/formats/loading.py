@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from lightning_qat.formats.base import check_packages, formats
-from lightning_qat.formats.manifest import read_manifest
-from lightning_qat.formats.quiet import no_progress_bars
+from lightning_qat.formats.folder.manifest import read_manifest
+from lightning_qat.formats.folder.quiet import no_progress_bars
 from lightning_qat.modules.unpacking import Scales, make_trainable
 from lightning_qat.registry import did_you_mean
 

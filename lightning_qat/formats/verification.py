@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_qat.formats.base import Job
-from lightning_qat.formats.codes import IntegerWeight, integer_weight
-from lightning_qat.formats.executed import executing, outputs_of
+from lightning_qat.formats.exactness.codes import IntegerWeight, integer_weight
+from lightning_qat.formats.exactness.executed import executing, outputs_of
 from lightning_qat.modules.weights import layer_weights
 
 
 class Stored(NamedTuple):
-    """What a file holds for one weight, in the terms of :class:`~lightning_qat.formats.codes.IntegerWeight`."""
+    """What a file holds for one weight, in the terms of :class:`~lightning_qat.formats.exactness.codes.IntegerWeight`."""
 
     codes: Tensor
     scale: Tensor

@@ -15,12 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_qat.formats.base import Job, formats
-from lightning_qat.formats.codes import IntegerWeight
-from lightning_qat.formats.company import model_dtype
 from lightning_qat.formats.compressed_tensors.format import EXECUTES as TRANSFORMERS
 from lightning_qat.formats.compressed_tensors.format import CompressedTensorsFormat
 from lightning_qat.formats.compressed_tensors.layout import Storage, input_entry, input_scale, input_specs
-from lightning_qat.formats.fitting import fit_model
+from lightning_qat.formats.exactness.codes import IntegerWeight
+from lightning_qat.formats.exactness.fitting import fit_model
+from lightning_qat.formats.folder.company import model_dtype
 from lightning_qat.modules.shared_input import SIBLINGS
 from lightning_qat.modules.weights import LayerWeight, layer_weights
 from lightning_qat.runtime import Runtime, rule, runtimes

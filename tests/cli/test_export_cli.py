@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from lightning_qat import DistillationModule, QuantizationCallback, QuantScheme, load_quantized
 from lightning_qat.cli import commands, main
 from lightning_qat.formats import formats
-from lightning_qat.formats.codes import stored_codes
-from lightning_qat.formats.hub import UploadError
+from lightning_qat.formats.exactness.codes import stored_codes
+from lightning_qat.formats.folder.hub import UploadError
 from lightning_qat.generation import load_causal_lm
 from lightning_qat.modules import scheme_of
 from lightning_qat.modules.weights import layer_weights

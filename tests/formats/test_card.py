@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from models import llama, mlp, vit
 
 from lightning_qat import QuantScheme, TensorSpec, export, insert_quantizers, load_quantized
-from lightning_qat.formats import base, card
+from lightning_qat.formats import base
+from lightning_qat.formats.folder import card
 from lightning_qat.formats.native import NativeFormat
 from lightning_qat.generation import load_causal_lm
 from lightning_qat.scheme import Override
@@ -154,7 +155,7 @@ def test_a_base_in_the_cache_of_the_hub(tmp_path, monkeypatch):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     found = lambda repository, name: str(tmp_path / name) if repository == "owner/base" else None  # noqa: E731
-    monkeypatch.setattr("lightning_qat.formats.origin.try_to_load_from_cache", found)
+    monkeypatch.setattr("lightning_qat.formats.folder.origin.try_to_load_from_cache", found)
     model = quantized(vit, "w4a8")
     for source, base_model, license in (("owner/base", "owner/base", "mit"), ("runs/gone", None, "other")):
         model.config._name_or_path = source

@@ -15,8 +15,8 @@ from serving import in_half, quantized, wide_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lightning_qat import KVSpec, QuantScheme, TensorSpec, export, load_quantized
-from lightning_qat.formats.codes import integer_weights
-from lightning_qat.formats.executed import difference
+from lightning_qat.formats.exactness.codes import integer_weights
+from lightning_qat.formats.exactness.executed import difference
 from lightning_qat.modules import use_int8_forward
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.modules.weight_cache import cached_weights

@@ -9,7 +9,7 @@ from models import character_tokenizer, gpt2, llama, logits_of, mlp, save_causal
 from torch import nn
 
 from lightning_qat import DistillationModule, export, insert_quantizers, load_quantized
-from lightning_qat.formats import company
+from lightning_qat.formats.folder import company
 from lightning_qat.modules import scheme_of
 
 

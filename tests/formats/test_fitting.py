@@ -9,9 +9,9 @@ import torch
 from models import llama, logits_of
 
 from lightning_qat import KVSpec, QuantScheme, TensorSpec, export, fake_quantize, insert_quantizers
-from lightning_qat.formats.codes import integer_weights
-from lightning_qat.formats.executed import difference, example_for, executing, outputs_of
-from lightning_qat.formats.fitting import fit_model
+from lightning_qat.formats.exactness.codes import integer_weights
+from lightning_qat.formats.exactness.executed import difference, example_for, executing, outputs_of
+from lightning_qat.formats.exactness.fitting import fit_model
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.runtime import Runtime, rule
 from lightning_qat.scheme import Override

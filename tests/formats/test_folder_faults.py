@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lightning_qat import export, insert_quantizers, load_quantized
-from lightning_qat.formats import native, staging
+from lightning_qat.formats.folder import staging
+from lightning_qat.formats.native import format as native
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
 from disks import read_only_copy, small_disk

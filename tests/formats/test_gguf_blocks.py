@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_qat import QuantScheme, TensorSpec, insert_quantizers
-from lightning_qat.formats.codes import integer_weights
+from lightning_qat.formats.exactness.codes import integer_weights
 from lightning_qat.formats.gguf.blocks import BLOCK_TYPES, Blocks
 from lightning_qat.formats.gguf.encoding import block_type, check_scales, decode, encode
 

@@ -7,8 +7,8 @@ import pytest
 from models import mlp
 
 from lightning_qat import export, insert_quantizers, load_quantized
-from lightning_qat.formats import hub
-from lightning_qat.formats.hub import UploadError
+from lightning_qat.formats.folder import hub
+from lightning_qat.formats.folder.hub import UploadError
 
 
 class FakeHub:

@@ -16,7 +16,7 @@ from models import character_tokenizer, cnn, llama, logits_of, tied_llama
 from safetensors.torch import load_file, save_file
 
 from lightning_qat import QuantScheme, TensorSpec, export, formats, insert_quantizers, load_quantized
-from lightning_qat.formats.manifest import sizes
+from lightning_qat.formats.folder.manifest import sizes
 
 
 def quantized(build=llama, scheme="w4a8kv4"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_qat import KVSpec, QuantScheme, TensorSpec, export, insert_quantizers, load_quantized
 from lightning_qat.formats.base import Job
-from lightning_qat.formats.fitting import Fit
+from lightning_qat.formats.exactness.fitting import Fit
 from lightning_qat.formats.onnx import OnnxFormat, graph
 from lightning_qat.formats.onnx.session import OnnxModel
 from lightning_qat.quantizers.running_range import merge_ranges

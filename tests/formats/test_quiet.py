@@ -8,7 +8,7 @@ from models import llama
 from tqdm.auto import tqdm
 
 from lightning_qat import export, insert_quantizers, load_quantized
-from lightning_qat.formats.quiet import no_progress_bars
+from lightning_qat.formats.folder.quiet import no_progress_bars
 
 
 def shown(**options):

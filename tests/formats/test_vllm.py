@@ -10,7 +10,7 @@ from serving import in_half, quantized, wide_llama
 from transformers import AutoModelForCausalLM
 
 from lightning_qat import KVSpec, QuantScheme, TensorSpec, export, load_quantized
-from lightning_qat.formats.codes import integer_weights
+from lightning_qat.formats.exactness.codes import integer_weights
 from lightning_qat.modules import named_quantizers
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.numerics.grid import decode

@@ -22,7 +22,7 @@ from lightning_qat import (
     load_trained,
 )
 from lightning_qat.callbacks import BitStages
-from lightning_qat.formats.codes import stored_codes
+from lightning_qat.formats.exactness.codes import stored_codes
 from lightning_qat.modules import scheme_of
 from lightning_qat.modules.weights import layer_weights, weight_dtypes
 from lightning_qat.quantizers import quantizers

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lightning_qat.formats.base import Job
-from lightning_qat.formats.company import model_dtype
 from lightning_qat.formats.compressed_tensors.layout import input_specs, quantized_kv
-from lightning_qat.formats.executed import outputs_of
+from lightning_qat.formats.exactness.executed import outputs_of
+from lightning_qat.formats.folder.company import model_dtype
 from lightning_qat.modules import named_quantizers
 from lightning_qat.modules.kv import is_attention
 from lightning_qat.modules.layer import quant_layers

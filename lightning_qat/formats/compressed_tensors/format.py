@@ -8,8 +8,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_qat.formats.base import Format, Job, formats
-from lightning_qat.formats.codes import IntegerWeight
-from lightning_qat.formats.company import model_dtype, save_company
 from lightning_qat.formats.compressed_tensors import checks, reading
 from lightning_qat.formats.compressed_tensors.layout import (
     Storage,
@@ -24,8 +22,10 @@ from lightning_qat.formats.compressed_tensors.layout import (
     weight_entry,
     weight_tensors,
 )
-from lightning_qat.formats.executed import outputs_of
-from lightning_qat.formats.skeleton import transformers_class
+from lightning_qat.formats.exactness.codes import IntegerWeight
+from lightning_qat.formats.exactness.executed import outputs_of
+from lightning_qat.formats.folder.company import model_dtype, save_company
+from lightning_qat.formats.folder.skeleton import transformers_class
 from lightning_qat.formats.verification import compare_outputs, compare_weights, weights_to_store
 from lightning_qat.runtime import Runtime, rule, runtimes
 from lightning_qat.scheme import PRESETS, QuantScheme

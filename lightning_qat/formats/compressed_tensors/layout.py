@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.formats.base import Job
-from lightning_qat.formats.codes import IntegerWeight
-from lightning_qat.formats.company import model_dtype
+from lightning_qat.formats.exactness.codes import IntegerWeight
+from lightning_qat.formats.folder.company import model_dtype
 from lightning_qat.modules import named_quantizers
 from lightning_qat.modules.kv import kv_of
 from lightning_qat.modules.layer import QuantLayer, quant_layers

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lightning_qat.formats.base import Job
-from lightning_qat.formats.codes import IntegerWeight
-from lightning_qat.formats.company import model_dtype
 from lightning_qat.formats.compressed_tensors.layout import input_scale, input_specs
+from lightning_qat.formats.exactness.codes import IntegerWeight
+from lightning_qat.formats.folder.company import model_dtype
 from lightning_qat.formats.verification import Stored
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_qat.formats.codes import IntegerWeight
+from lightning_qat.formats.exactness.codes import IntegerWeight
 from lightning_qat.formats.gguf.blocks import BLOCK_TYPES, Blocks, BlockType
 from lightning_qat.formats.gguf.planes import Bytes
 from lightning_qat.formats.verification import Stored

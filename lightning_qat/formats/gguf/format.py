@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.formats.base import Format, Job, formats
-from lightning_qat.formats.codes import IntegerWeight
-from lightning_qat.formats.company import model_dtype
+from lightning_qat.formats.exactness.codes import IntegerWeight
+from lightning_qat.formats.folder.company import model_dtype
 from lightning_qat.formats.gguf.architectures import (
     DTYPES,
     family_of,

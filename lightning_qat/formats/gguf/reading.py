@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 from lightning_qat.formats.base import Job
-from lightning_qat.formats.codes import IntegerWeight
+from lightning_qat.formats.exactness.codes import IntegerWeight
 from lightning_qat.formats.gguf.architectures import family_of, row_order, stored_tensors, tensor_names
 from lightning_qat.formats.gguf.blocks import BLOCK_TYPES
 from lightning_qat.formats.gguf.encoding import decode

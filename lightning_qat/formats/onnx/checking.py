@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.formats.base import Job
-from lightning_qat.formats.codes import IntegerWeight
-from lightning_qat.formats.executed import executing
+from lightning_qat.formats.exactness.codes import IntegerWeight
+from lightning_qat.formats.exactness.executed import executing
 from lightning_qat.formats.onnx.graph import FILE, QUANTIZED, Quantized
 from lightning_qat.formats.onnx.session import open_session, run
 from lightning_qat.formats.onnx.stand_ins import activation_quantizers, is_quantize_linear, replaced, stored_under

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from lightning_qat.formats.base import Format, Job, formats
-from lightning_qat.formats.company import save_company
+from lightning_qat.formats.folder.company import save_company
 from lightning_qat.formats.onnx.checking import verify_file
 from lightning_qat.formats.onnx.graph import FILE, code_dtype, finish, opset_of, save
 from lightning_qat.formats.onnx.session import DISABLED, SETTINGS, OnnxModel

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_qat.formats.codes import IntegerWeight
+from lightning_qat.formats.exactness.codes import IntegerWeight
 from lightning_qat.formats.onnx.stand_ins import MARK, NAME
 
 FILE, DATA = "model.onnx", "model.onnx.data"

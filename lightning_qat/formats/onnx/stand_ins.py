@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.formats.base import Job
-from lightning_qat.formats.codes import IntegerWeight
-from lightning_qat.formats.executed import executing
+from lightning_qat.formats.exactness.codes import IntegerWeight
+from lightning_qat.formats.exactness.executed import executing
 from lightning_qat.formats.verification import weights_to_store
 from lightning_qat.modules.layer import named_quantizers
 from lightning_qat.modules.linear import QuantConv1D, QuantLinear

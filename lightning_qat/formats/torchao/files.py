@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_qat.formats.executed import computed_buffers
+from lightning_qat.formats.exactness.executed import computed_buffers
 from lightning_qat.modules.layer import named_quantizers
 from lightning_qat.modules.weights import stands_for_codes
 

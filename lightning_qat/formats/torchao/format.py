@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_qat.formats.base import Format, Job, formats
-from lightning_qat.formats.codes import IntegerWeight
-from lightning_qat.formats.company import model_dtype, save_company
-from lightning_qat.formats.executed import computed_buffers, outputs_of
-from lightning_qat.formats.manifest import model_kind
-from lightning_qat.formats.skeleton import plain_copy
+from lightning_qat.formats.exactness.codes import IntegerWeight
+from lightning_qat.formats.exactness.executed import computed_buffers, outputs_of
+from lightning_qat.formats.folder.company import model_dtype, save_company
+from lightning_qat.formats.folder.manifest import model_kind
+from lightning_qat.formats.folder.skeleton import plain_copy
 from lightning_qat.formats.torchao.files import fill, load_tensors, other_tensors, save_tensors, tied_names
 from lightning_qat.formats.torchao.tensors import quantized_tensors, quantizes_input, transformers_config
 from lightning_qat.formats.verification import Stored, compare_outputs, compare_weights

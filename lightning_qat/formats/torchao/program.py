@@ -9,7 +9,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from lightning_qat.formats.executed import example_for
+from lightning_qat.formats.exactness.executed import example_for
 
 
 def export_program(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Mapping[str, Any] | None = None) -> ExportedProgram:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.formats.base import Job
-from lightning_qat.formats.codes import IntegerWeight
+from lightning_qat.formats.exactness.codes import IntegerWeight
 from lightning_qat.formats.verification import weights_to_store
 from lightning_qat.modules.weights import LayerWeight, layer_weights
 from lightning_qat.numerics.ranges import SCALE_DTYPES

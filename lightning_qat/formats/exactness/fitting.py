@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.formats.codes import stored_codes
+from lightning_qat.formats.exactness.codes import stored_codes
 from lightning_qat.modules.kv import kv_of
 from lightning_qat.modules.layer import quant_layers
 from lightning_qat.modules.weights import LayerWeight, layer_weights

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from lightning_qat.formats.base import Format, Job
-from lightning_qat.formats.fitting import quantized_places
-from lightning_qat.formats.manifest import CARD, size_on_disk, sizes, versions
-from lightning_qat.formats.origin import Origin, origin_of
+from lightning_qat.formats.exactness.fitting import quantized_places
+from lightning_qat.formats.folder.manifest import CARD, size_on_disk, sizes, versions
+from lightning_qat.formats.folder.origin import Origin, origin_of
 from lightning_qat.runtime import PARTS
 
 TASKS = {

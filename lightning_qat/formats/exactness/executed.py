@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_qat.formats.codes import stored_codes
-from lightning_qat.formats.fitting import Fit
+from lightning_qat.formats.exactness.codes import stored_codes
+from lightning_qat.formats.exactness.fitting import Fit
 from lightning_qat.generation.skeleton import parameters_on_meta
 from lightning_qat.modules.kv import KVQuantizer, kv_of
 from lightning_qat.modules.layer import quant_layers

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_qat.formats.base import Format, Job, formats
-from lightning_qat.formats.codes import stored_codes
-from lightning_qat.formats.company import save_company
-from lightning_qat.formats.executed import computed_buffers, outputs_of
-from lightning_qat.formats.manifest import model_kind
-from lightning_qat.formats.native_entries import check_entries
-from lightning_qat.formats.skeleton import build_transformers_model, plain_copy
+from lightning_qat.formats.exactness.codes import stored_codes
+from lightning_qat.formats.exactness.executed import computed_buffers, outputs_of
+from lightning_qat.formats.folder.company import save_company
+from lightning_qat.formats.folder.manifest import model_kind
+from lightning_qat.formats.folder.skeleton import build_transformers_model, plain_copy
+from lightning_qat.formats.native.entries import check_entries
 from lightning_qat.formats.verification import compare_outputs
 from lightning_qat.modules import insert_quantizers, remove_quantizers, scheme_of
 from lightning_qat.modules.insertion import quantized_root

@@ -10,7 +10,7 @@ from huggingface_hub.utils import HFValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_qat.formats.manifest import CARD
+from lightning_qat.formats.folder.manifest import CARD
 
 LONGEST = 2**20  # bytes of a model card that are read
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat.formats.manifest import MANIFEST
+from lightning_qat.formats.folder.manifest import MANIFEST
 from lightning_qat.numerics.packing import packed_columns
 from lightning_qat.quantizers import quantizers
 from lightning_qat.scheme import QuantScheme
