@@ -27,18 +27,28 @@ def pack(codes: Tensor, bits: int, qmin: int) -> Tensor:
         ValueError: A code does not fit.
     """
     rows, columns = codes.shape
+    words_in_row = (columns + 7) // 8
     unsigned = codes.to(torch.int64) - qmin
     if codes.numel() and (int(unsigned.min()) < 0 or int(unsigned.max()) >= 2**bits):
         raise ValueError(f"pack: codes lie outside [{qmin}, {qmin + 2**bits - 1}], the range of {bits} bits from {qmin}")
-    unsigned = unsigned.to(torch.int16)
-    shifts = torch.arange(bits, device=codes.device)
-    return pack_bits(((unsigned.unsqueeze(-1) >> shifts) & 1).reshape(rows, columns * bits))
+    # Eight codes are `bits` whole bytes of one word.
+    eights = torch.nn.functional.pad(unsigned, (0, -columns % 8)).reshape(rows, words_in_row, 8)
+    words = (eights << _shifts(bits, codes)).sum(-1, keepdim=True)
+    stream = words.view(torch.uint8)[..., :bits].reshape(rows, words_in_row * bits)
+    return stream[:, : packed_columns(columns, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, qmin: int, columns: int) -> Tensor:
     """The inverse of :func:`pack`: int16 codes, shape [rows, columns]."""
-    digits = unpack_bits(packed, columns * bits).reshape(packed.shape[0], columns, bits).to(torch.int16)
-    return (digits << torch.arange(bits, device=packed.device, dtype=torch.int16)).sum(-1, dtype=torch.int16) + qmin
+    rows, words_in_row = packed.shape[0], (columns + 7) // 8
+    parts = torch.nn.functional.pad(packed, (0, words_in_row * bits - packed.shape[1])).reshape(rows, words_in_row, bits)
+    words = torch.nn.functional.pad(parts, (0, 8 - bits)).view(torch.int64)
+    unsigned = ((words >> _shifts(bits, packed)) & (2**bits - 1)).to(torch.int16)
+    return unsigned.reshape(rows, words_in_row * 8)[:, :columns] + qmin
+
+
+def _shifts(bits: int, like: Tensor) -> Tensor:
+    return torch.arange(0, 8 * bits, bits, device=like.device)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
