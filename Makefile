@@ -58,8 +58,9 @@ bench-memory: $(STAMP) ## memory of the loss, of a distillation step, and of LoR
 	$(BIN)/python -m benchmarks.loss_memory
 	$(BIN)/python -m benchmarks.lora_memory
 
-bench-export: $(STAMP) ## every scheme in every export format: what differs after reload, sizes, refusals (about 5 minutes)
+bench-export: $(STAMP) ## every scheme in every export format, and perplexity in every runtime (about 25 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks.export_table
+	$(BIN)/python -m benchmarks.export_perplexity
 
 bench-recipe: $(STAMP) ## LLM-QAT against the reference recipe, three seeds (about 35 minutes on 2 cores)
 	$(BIN)/python benchmarks/reference_recipe.py
