@@ -85,7 +85,7 @@ def page(result: dict[str, Any]) -> Iterator[str]:
     yield f"Perplexity on {result['tokens']:,} held-out tokens after {result['steps']} steps of distillation of the bundled teacher;"
     yield "in brackets the relative distance to the fake-quantized model. *Control* is that distance for the fake-quantized model itself"
     yield "when the last bits of what its linear layers return are changed at random (6e-8): where activations are quantized, a rounding"
-    yield "that falls on the other side grows, so a runtime with products of its own (ONNX Runtime) cannot be nearer than that.\n"
+    yield "that falls on the other side grows, and a runtime with products of its own (ONNX Runtime) is about as far away.\n"
     yield f"| preset | fake-quantized | control | {' | '.join(names)} |"
     yield "|---" * (len(names) + 3) + "|"
     for row in rows:
