@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_qat.formats.base import Job
-from lightning_qat.formats.exactness.codes import IntegerWeight, integer_weight
+from lightning_qat.formats.exactness.codes import IntegerWeight, integer_weights
 from lightning_qat.formats.exactness.executed import executing, outputs_of
-from lightning_qat.modules.weights import layer_weights
 
 
 class Stored(NamedTuple):
@@ -23,8 +22,7 @@ class Stored(NamedTuple):
 
 def weights_to_store(job: Job) -> list[IntegerWeight]:
     """Every quantized weight, with the scales that the runtime stores: those of training, rounded only where the fit says so."""
-    weights = [integer_weight(weight) for weight in layer_weights(job.model) if weight.quantizer is not None]
-    return [_rounded(weight, job.fit.scale_dtypes.get(weight.name)) for weight in weights]
+    return [_rounded(weight, job.fit.scale_dtypes.get(weight.name)) for weight in integer_weights(job.model)]
 
 
 def _rounded(weight: IntegerWeight, dtype: torch.dtype | None) -> IntegerWeight:
