@@ -13,18 +13,17 @@ from lightning_qat.formats.compressed_tensors.layout import (
     Storage,
     StoredLayer,
     config_of,
-    dtype_name,
     input_entry,
     input_scale,
     input_specs,
-    other_tensors,
     output_entries,
+    untied_tensors,
     weight_entry,
     weight_tensors,
 )
 from lightning_qat.formats.exactness.codes import IntegerWeight
 from lightning_qat.formats.exactness.executed import outputs_of
-from lightning_qat.formats.folder.company import model_dtype, save_company
+from lightning_qat.formats.folder.company import dtype_name, model_dtype, save_company
 from lightning_qat.formats.folder.skeleton import transformers_class
 from lightning_qat.formats.verification import compare_outputs, compare_weights, weights_to_store
 from lightning_qat.runtime import Runtime, rule, runtimes
@@ -112,7 +111,7 @@ class CompressedTensorsFormat(Format):
         """Codes and scales of quantized layers, every other tensor as it is, and the config that says which is which."""
         layers = self.stored_layers(job)
         tensors = {key: tensor.contiguous() for layer in layers for key, tensor in layer.tensors.items()}
-        save_file(tensors | other_tensors(job.model), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors | untied_tensors(job.model), folder / "model.safetensors", metadata={"format": "pt"})
         config = config_of(job, layers)
         save_company(job.model, job.tokenizer, folder, {"dtype": dtype_name(job.model), "quantization_config": config})
         return {"quantization_format": config["format"]}

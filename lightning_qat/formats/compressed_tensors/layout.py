@@ -7,12 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.formats.base import Job
-from lightning_qat.formats.exactness.codes import IntegerWeight
-from lightning_qat.formats.folder.company import model_dtype
-from lightning_qat.modules import named_quantizers
+from lightning_qat.formats.exactness.codes import IntegerWeight, other_tensors
 from lightning_qat.modules.kv import kv_of
 from lightning_qat.modules.layer import QuantLayer, quant_layers
-from lightning_qat.modules.weights import stands_for_codes
 from lightning_qat.quantizers import Quantizer
 from lightning_qat.specs import KVSpec, TensorSpec
 
@@ -104,17 +101,15 @@ def input_specs(job: Job) -> dict[str, TensorSpec]:
     return {name: layer.input_quantizer.spec for name, layer in quant_layers(job.model) if layer.input_quantizer is not None}
 
 
-def other_tensors(model: nn.Module) -> dict[str, Tensor]:
+def untied_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All that is no code and belongs to no quantizer; of tied tensors the first."""
-    coded, quantizers = stands_for_codes(model), tuple(f"{name}." for name, _ in named_quantizers(model))
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, int]] = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in other_tensors(model).items():
         place = (tensor.data_ptr(), tensor.numel())
-        if coded(name) or name.startswith(quantizers) or (tensor.numel() and place in seen):
-            continue
+        if not tensor.numel() or place not in seen:
+            tensors[name] = tensor.detach().cpu().contiguous()
         seen.add(place)
-        tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
 
 
@@ -143,8 +138,3 @@ def config_of(job: Job, layers: list[StoredLayer]) -> dict[str, Any]:
         "ignore": sorted(linear - named),
         "kv_cache_scheme": cache_entry(job),
     }
-
-
-def dtype_name(model: nn.Module) -> str:
-    """The model's dtype, as `config.json` spells it."""
-    return str(model_dtype(model)).removeprefix("torch.")

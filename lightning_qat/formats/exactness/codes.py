@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.modules.layer import named_quantizers
 from lightning_qat.modules.packed import PackedWeight
-from lightning_qat.modules.weights import LayerWeight, layer_weights
+from lightning_qat.modules.weights import LayerWeight, layer_weights, stands_for_codes
 from lightning_qat.numerics.grid import QuantizedTensor
 from lightning_qat.specs import TensorSpec
 
@@ -70,6 +71,12 @@ def stored_codes(weight: LayerWeight) -> QuantizedTensor:
 def integer_weights(model: nn.Module) -> Iterator[IntegerWeight]:
     """Every quantized weight of a model, one after the other."""
     return (integer_weight(weight) for weight in layer_weights(model) if weight.quantizer is not None)
+
+
+def other_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer in a state dict for which no codes stand; nothing of the quantizers of inputs, keys and values."""
+    coded, inside = stands_for_codes(model), tuple(f"{name}." for name, _ in named_quantizers(model))
+    return {name: tensor for name, tensor in model.state_dict().items() if not coded(name) and not name.startswith(inside)}
 
 
 def integer_weight(weight: LayerWeight) -> IntegerWeight:

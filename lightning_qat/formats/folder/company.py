@@ -73,3 +73,8 @@ def model_dtype(model: nn.Module) -> torch.dtype:
         if parameter.is_floating_point():
             counted[parameter.dtype] = counted.get(parameter.dtype, 0) + max(parameter.numel(), 1)
     return max(counted, key=lambda dtype: counted[dtype], default=torch.float32)
+
+
+def dtype_name(model: nn.Module) -> str:
+    """The same as a config writes it, such as ``float32``."""
+    return str(model_dtype(model)).removeprefix("torch.")

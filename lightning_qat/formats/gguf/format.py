@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qat.formats.base import Format, Job, formats
 from lightning_qat.formats.exactness.codes import IntegerWeight
-from lightning_qat.formats.folder.company import model_dtype
+from lightning_qat.formats.folder.company import dtype_name, model_dtype
 from lightning_qat.formats.gguf.architectures import (
     DTYPES,
     family_of,
@@ -145,7 +145,7 @@ class GgufFormat(Format):
         return {
             "types": types,
             "stored_bits": stored / sum(elements.values()) if elements else None,
-            "dtype": str(model_dtype(job.model)).removeprefix("torch."),
+            "dtype": dtype_name(job.model),
         }
 
     def verify(self, job: Job, folder: Path, entries: dict[str, Any]) -> dict[str, Any]:

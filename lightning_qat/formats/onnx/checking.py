@@ -10,6 +10,7 @@ Comparing outputs alone cannot tell a rounding that fell on the other side from 
 are compared too, and the difference is told in the manifest: with quantized activations it may be a step of a code here and there.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -112,8 +113,6 @@ def _added_to(name: str, file_model: Any) -> str:
 
 
 def _metadata(file_model: Any) -> list[list[str]]:
-    import json
-
     rows: list[list[str]] = json.loads(next(entry.value for entry in file_model.metadata_props if entry.key == QUANTIZED))
     return rows
 

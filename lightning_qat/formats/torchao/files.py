@@ -8,16 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_qat.formats.exactness.executed import computed_buffers
-from lightning_qat.modules.layer import named_quantizers
-from lightning_qat.modules.weights import stands_for_codes
 
 WEIGHTS = "model.safetensors"
-
-
-def other_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer for which no codes stand; nothing of the quantizers of inputs."""
-    coded, inside = stands_for_codes(model), tuple(f"{name}." for name, _ in named_quantizers(model))
-    return {name: tensor for name, tensor in model.state_dict().items() if not coded(name) and not name.startswith(inside)}
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -4,17 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_qat.formats.base import Format, Job, formats
-from lightning_qat.formats.exactness.codes import IntegerWeight
+from lightning_qat.formats.exactness.codes import IntegerWeight, other_tensors
 from lightning_qat.formats.exactness.executed import computed_buffers, outputs_of
-from lightning_qat.formats.folder.company import model_dtype, save_company
+from lightning_qat.formats.folder.company import dtype_name, model_dtype, save_company
 from lightning_qat.formats.folder.manifest import model_kind
-from lightning_qat.formats.folder.skeleton import plain_copy
-from lightning_qat.formats.torchao.files import fill, load_tensors, other_tensors, save_tensors, tied_names
+from lightning_qat.formats.folder.skeleton import plain_copy, transformers_class
+from lightning_qat.formats.torchao.files import fill, load_tensors, save_tensors, tied_names
 from lightning_qat.formats.torchao.tensors import quantized_tensors, quantizes_input, transformers_config
 from lightning_qat.formats.verification import Stored, compare_outputs, compare_weights
 from lightning_qat.modules import scheme_of
@@ -91,8 +90,9 @@ class TorchaoFormat(Format):
         quantized = quantized_tensors(job)
         tensors = other_tensors(model) | quantized
         if isinstance(model, PreTrainedModel):
-            dtype = str(model_dtype(model)).removeprefix("torch.")
-            save_company(model, job.tokenizer, folder, {"dtype": dtype, "quantization_config": transformers_config(model, quantized)})
+            save_company(
+                model, job.tokenizer, folder, {"dtype": dtype_name(model), "quantization_config": transformers_config(model, quantized)}
+            )
         else:
             tensors |= computed_buffers(model)
         save_tensors({name: tensor.detach() for name, tensor in tensors.items() if name not in tied}, folder)
@@ -150,10 +150,7 @@ def _check_float32(model: nn.Module) -> None:
 
 
 def _from_pretrained(folder: Path, kind: str) -> nn.Module:
-    cls = getattr(transformers, kind, None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        raise ValueError(f"path: the manifest names the class {kind!r}, which this version of transformers does not have")
-    loaded: Any = cls.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = transformers_class(kind).from_pretrained(folder, output_loading_info=True)
     model, info = loaded
     wrong = {what: sorted(keys)[:3] for what, keys in info.items() if keys}
     if wrong:
