@@ -5,22 +5,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from folders import names, quantized
 from models import character_tokenizer, gpt2, llama, logits_of, mlp, save_causal_lm
 from torch import nn
 
 from lightning_qat import DistillationModule, export, insert_quantizers, load_quantized
 from lightning_qat.formats.folder import company
 from lightning_qat.modules import scheme_of
-
-
-def quantized(build=mlp, scheme="w4a8"):
-    model = build()
-    insert_quantizers(model, scheme)
-    return model
-
-
-def names(folder):
-    return sorted(entry.name for entry in folder.iterdir())
 
 
 @pytest.mark.parametrize("model", ["tiny-teacher", None, Path("last.ckpt")])

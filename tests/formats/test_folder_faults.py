@@ -11,27 +11,17 @@ import threading
 from pathlib import Path
 
 import pytest
+from folders import names, quantized
 from models import mlp
 from safetensors import SafetensorError
 from torch import nn
 
-from lightning_qat import export, insert_quantizers, load_quantized
+from lightning_qat import export, load_quantized
 from lightning_qat.formats.folder import staging
 from lightning_qat.formats.native import format as native
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
 from disks import read_only_copy, small_disk
-
-
-def quantized(build=mlp, scheme="w4a8"):
-    model = build()
-    insert_quantizers(model, scheme)
-    return model
-
-
-def names(folder):
-    return sorted(entry.name for entry in folder.iterdir())
-
 
 # ---------------------------------------------------------------- disks
 
